@@ -1,0 +1,58 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What a dataset of prompts must look like."""
+
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+
+def check_prompts(dataset: Any, name: str = "train_dataset") -> None:
+    """
+    Refuse a dataset that no trainer can use, naming the row and the remedy.
+
+    Args:
+        dataset (`datasets.Dataset`): must have a column "prompt" of non-empty strings.
+        name (`str`): what the caller calls it, for the message.
+
+    Raises:
+        `ValueError` or `TypeError`.
+    """
+    if dataset is None:
+        raise ValueError(f"{name} is missing. Pass a datasets.Dataset with a column 'prompt'.")
+    if isinstance(dataset, IterableDataset) or not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"{name} must be a datasets.Dataset, got {type(dataset).__name__}. Build one with "
+            "datasets.load_dataset(..., split='train') or datasets.Dataset.from_list([{'prompt': ...}]); take the "
+            "first prompts of a stream with Dataset.from_list(list(stream.take(n)))."
+        )
+    if "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"{name} has no column 'prompt', only {dataset.column_names}. Rename the column that holds the prompts: "
+            "dataset.rename_column(old_name, 'prompt')."
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty. It needs at least one prompt.")
+    for row, prompt in enumerate(dataset["prompt"]):
+        if not isinstance(prompt, str):
+            raise TypeError(
+                f"Row {row} of {name} has the prompt {prompt!r} of type {type(prompt).__name__}. Prompts must be "
+                "strings; filter or convert the column."
+            )
+        if not prompt.strip():
+            raise ValueError(
+                f"Row {row} of {name} has an empty prompt {prompt!r}. Filter such rows: "
+                "dataset.filter(lambda row: row['prompt'].strip())."
+            )

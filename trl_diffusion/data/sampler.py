@@ -1,0 +1,103 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The order in which prompts are trained, the same on every process and after a resume."""
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+
+class GroupSampler(Sampler[int]):
+    r"""
+    Each prompt `num_generations` times, laid out so that every optimizer step trains the same images whatever the
+    number of processes.
+
+    A generation batch is `num_processes * steps * batch_size` images. The data loader hands process `p` the rows
+    `[p * steps * batch_size, (p + 1) * steps * batch_size)` of it, which the trainer cuts into `steps` micro-batches.
+    Row `(p, i, r)` (process, micro-batch, row) therefore carries the image with the global index
+    `(i * num_processes + p) * batch_size + r`, and image `g` belongs to the prompt `g // num_generations` of the
+    generation batch: micro-batch `i` of all processes together is a contiguous piece of the global order.
+
+    The order of an epoch depends on `seed` and the epoch alone, so a resumed run goes on where the first one stopped.
+
+    Args:
+        num_prompts (`int`): size of the dataset.
+        num_generations (`int`): images per prompt G.
+        batch_size (`int`): images of a micro-batch on one process.
+        steps (`int`): micro-batches of a generation.
+        num_processes (`int`): processes.
+        repeats (`int`): how often a generation batch is yielded (steps x passes, as the data loader is read once a
+            micro-batch).
+        seed (`int`): of the order.
+        shuffle (`bool`): whether to shuffle the prompts, anew each epoch.
+
+    Example: two prompts of two images each, on one process and on two, one micro-batch each.
+
+    ```python
+    >>> list(GroupSampler(2, 2, batch_size=4, steps=1, num_processes=1, repeats=1, seed=0, shuffle=False))
+    [0, 0, 1, 1]
+    >>> list(GroupSampler(2, 2, batch_size=1, steps=2, num_processes=2, repeats=1, seed=0, shuffle=False))
+    [0, 1, 0, 1]
+    ```
+    """
+
+    def __init__(
+        self,
+        num_prompts: int,
+        num_generations: int,
+        batch_size: int,
+        steps: int,
+        num_processes: int,
+        repeats: int,
+        seed: int,
+        shuffle: bool = True,
+    ):
+        self.num_prompts = num_prompts
+        self.prompts_per_batch = num_processes * steps * batch_size // num_generations
+        if num_prompts < self.prompts_per_batch:
+            raise ValueError(
+                f"The dataset has {num_prompts} prompts, but a generation needs {self.prompts_per_batch} distinct "
+                f"ones ({num_processes * steps * batch_size} images / {num_generations} per prompt). Add prompts, "
+                "raise num_generations, or lower generation_batch_size."
+            )
+        self.repeats = repeats
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 0
+        # The prompt of the generation batch that each row of the data loader's order shows.
+        self.layout = [
+            ((i * num_processes + p) * batch_size + r) // num_generations
+            for p in range(num_processes)
+            for i in range(steps)
+            for r in range(batch_size)
+        ]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            order = torch.randperm(self.num_prompts, generator=generator).tolist()
+        else:
+            order = list(range(self.num_prompts))
+        for start in range(0, self.num_prompts - self.prompts_per_batch + 1, self.prompts_per_batch):
+            prompts = order[start : start + self.prompts_per_batch]
+            for _ in range(self.repeats):
+                yield from (prompts[index] for index in self.layout)
+
+    def __len__(self) -> int:
+        return self.num_prompts // self.prompts_per_batch * self.repeats * len(self.layout)

@@ -1,0 +1,153 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The contract of a reward, and the one place where rewards are called and their answers checked."""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Sized
+from typing import Any
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from torch import nn
+
+
+class RewardModel(nn.Module):
+    """
+    A frozen, differentiable reward: images and prompts in, one score an image out.
+
+    A subclass sets `name` and writes `score`. It is kept in eval mode with frozen parameters, by [`freeze`]; never
+    score under `no_grad` inside a reward, the trainers decide on that.
+
+    ```python
+    class Brightness(RewardModel):
+        name = "brightness"
+
+        def score(self, images, prompts):
+            return images.mean(dim=(1, 2, 3))
+    ```
+    """
+
+    name: str
+
+    def score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """
+        Args:
+            images (`torch.Tensor` of shape `(B, 3, H, W)`): float, in [0, 1], of any size.
+            prompts (`list[str]`): one an image.
+
+        Returns:
+            `torch.Tensor` of shape `(B,)`, float32, differentiable in the images.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define score(images, prompts).")
+
+    def forward(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return self.score(images, prompts)
+
+    def freeze(self) -> "RewardModel":
+        """Eval mode and no gradient for the parameters; gradients still reach the images."""
+        return self.requires_grad_(False).eval()
+
+
+# A reward as users give it: a model, or a black box `f(images: list[PIL.Image], prompts: list[str], **columns)` that
+# returns a list of float or None.
+Reward = RewardModel | Callable[..., list[float | None]]
+
+
+def reward_name(reward: Reward) -> str:
+    """The name under which a reward is logged."""
+    if isinstance(reward, RewardModel):
+        return reward.name
+    if isinstance(reward, functools.partial):
+        return reward_name(reward.func)
+    return reward.__name__ if inspect.isroutine(reward) else type(reward).__name__
+
+
+def to_pil(images: torch.Tensor) -> list[Image.Image]:
+    """Images `(B, 3, H, W)` in [0, 1] as 8-bit pictures."""
+    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images.detach().float()))
+
+
+def score_images(
+    reward: Reward, images: torch.Tensor, prompts: list[str], columns: dict[str, list[Any]] | None = None
+) -> torch.Tensor:
+    """
+    Score images without gradient, and check the answer.
+
+    Args:
+        reward (`RewardModel` or `Callable`): see [`RewardModel`].
+        images (`torch.Tensor` of shape `(B, 3, H, W)`): in [0, 1].
+        prompts (`list[str]`): one an image.
+        columns (`dict[str, list]`, *optional*): the dataset's other columns, for black-box rewards.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`, float32, on the images' device; NaN where the reward said None or NaN, "not
+        applicable".
+
+    Raises:
+        `RuntimeError`: the reward raised. `TypeError`: it returned something other than numbers. `ValueError`: it
+        returned a wrong number of scores or an infinite one. Each names the reward and the prompts.
+    """
+    name = reward_name(reward)
+    try:
+        if isinstance(reward, RewardModel):
+            with torch.no_grad():
+                scores = reward.score(images, prompts).float().tolist()
+        else:
+            scores = reward(to_pil(images), prompts, **(columns or {}))
+            if isinstance(scores, torch.Tensor):
+                scores = scores.tolist()
+    except Exception as error:
+        raise RuntimeError(
+            f"The reward function {name!r} raised {type(error).__name__}: {error} (first of {len(prompts)} prompts: "
+            f"{prompts[0]!r}). Mend it, or return None for an image that it cannot score."
+        ) from error
+    if isinstance(scores, str) or not isinstance(scores, Sized):
+        raise TypeError(
+            f"The reward function {name!r} returned {scores!r} for {len(prompts)} images (first prompt: "
+            f"{prompts[0]!r}). It must return a list with one float or None an image."
+        )
+    if len(scores) != len(prompts):
+        raise ValueError(
+            f"The reward function {name!r} returned {len(scores)} scores for {len(prompts)} images (first prompt: "
+            f"{prompts[0]!r}). It must return one score an image, in their order."
+        )
+    return torch.tensor(
+        [_checked_score(score, name, prompt) for score, prompt in zip(scores, prompts, strict=True)],
+        dtype=torch.float32,
+        device=images.device,
+    )
+
+
+def _checked_score(score: Any, name: str, prompt: str) -> float:
+    if score is None:
+        return math.nan
+    try:
+        if isinstance(score, str):
+            raise TypeError
+        score = float(score)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"The reward function {name!r} returned {score!r} for the prompt {prompt!r}. A score must be a float, or "
+            "None where the reward does not apply."
+        ) from error
+    if math.isinf(score):
+        raise ValueError(
+            f"The reward function {name!r} returned {score} for the prompt {prompt!r}. A score must be finite; return "
+            "None where the reward does not apply."
+        )
+    return score

@@ -1,0 +1,216 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The settings that every trainer of diffusion models shares."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+
+@dataclass
+class DiffusionConfig(TrainingArguments):
+    r"""
+    Base of the trainers' configurations: [`~transformers.TrainingArguments`] plus what sampling images needs.
+
+    `per_device_train_batch_size` counts images, and `gradient_accumulation_steps` micro-batches of images.
+
+    Parameters:
+        > Parameters that control sampling
+
+        height (`int`, *optional*):
+            Height of the images in pixels. `None` takes the pipeline's default.
+        width (`int`, *optional*):
+            Width of the images in pixels. `None` takes the pipeline's default.
+        num_inference_steps (`int`, *optional*, defaults to `17`):
+            Number of sampling steps T.
+        guidance_scale (`float`, *optional*):
+            Guidance, embedded (FLUX.1-dev) or classifier-free (Stable Diffusion 3). `None` takes the pipeline's default.
+        sigma_shift (`float`, *optional*, defaults to `3.0`):
+            Static shift of the noise schedule. `None` takes the pipeline's own schedule, which for FLUX depends on
+            the resolution.
+        shared_noise (`str`, *optional*, defaults to `"group"`):
+            `"group"`: the samples of one prompt start from the same noise; `"none"`: each from its own.
+        rollout_batch_size (`int`, *optional*):
+            Number of images sampled, decoded and scored together. `None` takes `per_device_train_batch_size`. It
+            changes the memory and speed of the rollout, not its result.
+
+        > Parameters that control memory
+
+        activation_checkpointing (`bool`, *optional*, defaults to `True`):
+            Recompute the denoiser's activations in the backward pass, for less memory and about 30 % more time of
+            the update. Its old name `gradient_checkpointing` works as well.
+
+        > Parameters that control rewards
+
+        reward_weights (`list[float]`, *optional*):
+            Weight of each reward function. `None` weights all with 1.
+
+        > Parameters that control prompts
+
+        cache_prompt_embeds (`bool`, *optional*, defaults to `True`):
+            Keep the embeddings of the prompts on disk, in the cache of `datasets`, so that the next run does not load
+            the text encoders. `False` keeps them in memory. Either way the text encoders run once per distinct prompt
+            and are freed before training.
+
+        > Parameters that control logging and evaluation
+
+        log_samples (`bool`, *optional*, defaults to `True`):
+            Write sample images with prompts, rewards and advantages to `output_dir/samples/step_XXXXXX/` and to every
+            `report_to` backend that shows images, every `logging_steps`.
+        num_samples_to_log (`int`, *optional*, defaults to `8`):
+            Number of images of each such sample.
+        num_eval_images (`int`, *optional*, defaults to `64`):
+            Number of images that an evaluation makes: the prompts of the evaluation dataset in order, repeated with
+            other seeds where there are fewer of them.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = TrainingArguments._VALID_DICT_FIELDS
+
+    # Defaults of TrainingArguments that do not suit the trainers.
+    learning_rate: float = field(
+        default=1e-4,
+        metadata={
+            "help": "The initial learning rate for AdamW. The default suits LoRA; the papers train all weights with 1e-5."
+        },
+    )
+    logging_steps: float = field(
+        default=1,
+        metadata={
+            "help": "Log every X updates steps. Should be an integer or a float in range `[0,1)`. If smaller than 1, "
+            "will be interpreted as ratio of total training steps."
+        },
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether to use bfloat16 mixed precision. If not set, it is on where the accelerator supports it "
+            "and `fp16` is not set."
+        },
+    )
+    remove_unused_columns: bool = field(
+        default=False,
+        metadata={"help": "Other columns of the dataset are passed to the reward functions, so they are kept."},
+    )
+    report_to: str | list[str] | None = field(
+        default="none",
+        metadata={"help": "The backends to report to: tensorboard, wandb, trackio, ..., all or none."},
+    )
+
+    # Sampling
+    height: int | None = field(
+        default=None, metadata={"help": "Height of the images in pixels. None takes the pipeline's default."}
+    )
+    width: int | None = field(
+        default=None, metadata={"help": "Width of the images in pixels. None takes the pipeline's default."}
+    )
+    num_inference_steps: int = field(default=17, metadata={"help": "Number of sampling steps T."})
+    guidance_scale: float | None = field(
+        default=None,
+        metadata={"help": "Guidance, embedded or classifier-free. None takes the pipeline's default."},
+    )
+    sigma_shift: float | None = field(
+        default=3.0,
+        metadata={"help": "Static shift of the noise schedule. None takes the pipeline's own schedule."},
+    )
+    shared_noise: str = field(
+        default="group",
+        metadata={
+            "help": "'group': the samples of one prompt start from the same noise; 'none': each from its own.",
+            "choices": ["group", "none"],
+        },
+    )
+    rollout_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of images sampled, decoded and scored together. None takes per_device_train_batch_size."
+        },
+    )
+
+    # Rewards
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each reward function. None weights all with 1."}
+    )
+
+    # Prompts
+    cache_prompt_embeds: bool = field(
+        default=True,
+        metadata={"help": "Keep the embeddings of the prompts on disk, in the cache of datasets."},
+    )
+
+    # Logging and evaluation
+    log_samples: bool = field(
+        default=True,
+        metadata={"help": "Write sample images with prompts, rewards and advantages every logging_steps."},
+    )
+    num_samples_to_log: int = field(default=8, metadata={"help": "Number of images of each such sample."})
+    num_eval_images: int = field(default=64, metadata={"help": "Number of images that an evaluation makes."})
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    @classmethod
+    def preset(cls, name: str, **overrides) -> "DiffusionConfig":
+        """
+        The settings of a paper, by name; keyword arguments override them.
+
+        ```python
+        >>> ChunkGRPOConfig.preset("dance_grpo", output_dir="out", max_steps=100).sde_type
+        'dance'
+        ```
+        """
+        if name not in cls.PRESETS:
+            raise ValueError(f"{cls.__name__} has no preset {name!r}. Choose one of {sorted(cls.PRESETS)}.")
+        return cls(**{**cls.PRESETS[name], **overrides})
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            # On a machine without such an accelerator TrainingArguments refuses bf16.
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        if self.ddp_find_unused_parameters is None:
+            # Every trainable parameter takes part in every forward; the search would cost a pass over the graph.
+            self.ddp_find_unused_parameters = False
+        if self.activation_checkpointing is None and self.gradient_checkpointing is None:
+            self.activation_checkpointing = True
+        super().__post_init__()
+        for name in ("height", "width", "num_inference_steps", "rollout_batch_size", "num_eval_images"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if self.num_inference_steps < 2:
+            raise ValueError(
+                f"num_inference_steps must be at least 2, got {self.num_inference_steps}: the last sampling step is "
+                "never trained."
+            )
+        if self.sigma_shift is not None and self.sigma_shift <= 0:
+            raise ValueError(
+                f"sigma_shift must be above 0, got {self.sigma_shift}. Use None for the pipeline's own schedule."
+            )
+        if self.num_samples_to_log < 1:
+            raise ValueError(
+                f"num_samples_to_log must be at least 1, got {self.num_samples_to_log}. Set log_samples=False to "
+                "write no samples."
+            )
+        self._check_choice("shared_noise", ("group", "none"))
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size=True is not supported: a smaller batch would break up the groups of a prompt. "
+                "Lower per_device_train_batch_size or rollout_batch_size instead."
+            )
+
+    def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")

@@ -1,0 +1,542 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What every trainer of diffusion models shares: a `transformers.Trainer` whose step is a sequence of loss terms."""
+
+import contextlib
+import json
+import os
+import tempfile
+import time
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from diffusers.configuration_utils import FrozenDict
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import load_torch_model, save_torch_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from ..data.prompt_cache import PromptCache
+from ..data.prompts import check_prompts
+from ..flow import rollout, shifted_schedule, transition_coefficients
+from ..hub import check_lora_config, save_adapter
+from ..models import load_flow_model, whole_weights
+from ..rewards import Reward, check_reward, load_rewards, score_images
+from .base_config import DiffusionConfig
+from .callbacks import SampleImagesCallback
+
+
+logger = logging.get_logger(__name__)
+
+STATE_NAME = "trl_diffusion_state.json"
+TRANSFORMER_SUBFOLDER = "transformer"
+WEIGHTS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
+
+# A term of the loss, built when called: a scalar, and only then its graph.
+LossTerm = Callable[[], torch.Tensor]
+
+
+class _SerializableConfig(FrozenDict):
+    """A diffusers config with the two methods that transformers' reporting callbacks call on a model's config."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self)
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, default=str, sort_keys=True)
+
+
+class DiffusionTrainer(Trainer):
+    """
+    Base of the trainers: loads a pipeline, encodes its prompts once, wraps the denoiser in an adapter, and takes
+    training steps term by term.
+
+    A subclass defines [`loss_terms`] and usually `_prepare_inputs`. See [`ChunkGRPOTrainer`] for the arguments.
+    """
+
+    _tag_names = ["trl", "trl_diffusion"]
+    _name: str
+    config_class: type[DiffusionConfig]
+    # `training_step` is our own and divides by the accumulation itself.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | DiffusionPipeline,
+        reward_funcs: str | Reward | list[str | Reward],
+        args: DiffusionConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: PeftConfig | bool | None = None,
+        watch_reward_funcs: str | Reward | list[str | Reward] | None = None,
+    ):
+        if args is None:
+            args = self.config_class(output_dir=f"trainer_output/{self._name.lower().replace(' ', '-')}")
+        # Everything that can be refused is refused before weights are loaded.
+        check_prompts(train_dataset, "train_dataset")
+        if eval_dataset is not None:
+            check_prompts(eval_dataset, "eval_dataset")
+        reward_specs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        watch_specs = [] if watch_reward_funcs is None else watch_reward_funcs
+        watch_specs = list(watch_specs) if isinstance(watch_specs, list | tuple) else [watch_specs]
+        if not reward_specs:
+            raise ValueError("reward_funcs is empty. Pass at least one reward.")
+        for spec in [*reward_specs, *watch_specs]:
+            check_reward(spec)
+        if args.reward_weights is not None and len(args.reward_weights) != len(reward_specs):
+            raise ValueError(
+                f"reward_weights has {len(args.reward_weights)} values for {len(reward_specs)} reward functions. Give "
+                "one weight a reward function."
+            )
+        if isinstance(peft_config, PeftConfig):
+            check_lora_config(peft_config)
+        elif peft_config not in (None, False):
+            raise TypeError(
+                f"peft_config must be a peft.LoraConfig, None (LoRA on the attention layers) or False (full "
+                f"fine-tuning), got {peft_config!r}."
+            )
+        self._check_before_loading(args, train_dataset)
+        if args.should_save:
+            _check_writable(args.output_dir)
+
+        full_fine_tuning = peft_config is False
+        self.model_name = model if isinstance(model, str) else model.config.get("_name_or_path")
+        if isinstance(model, DiffusionPipeline):
+            self.flow = load_flow_model(model)
+        else:
+            # Full fine-tuning needs float32 master weights; a frozen base does not.
+            self.flow = load_flow_model(
+                model, torch_dtype=torch.bfloat16 if args.bf16 and not full_fine_tuning else torch.float32
+            )
+        self.height = self.flow.default_size[0] if args.height is None else args.height
+        self.width = self.flow.default_size[1] if args.width is None else args.width
+        self.flow.check_size(self.height, self.width)
+        self.guidance_scale = self.flow.default_guidance_scale if args.guidance_scale is None else args.guidance_scale
+        with whole_weights():
+            self.rewards = load_rewards(reward_specs)
+            self.watched_rewards = load_rewards(watch_specs)
+        weights = [1.0] * len(self.rewards) if args.reward_weights is None else args.reward_weights
+        self.reward_weights = torch.tensor(weights, dtype=torch.float32)
+
+        self._encode_prompts(args, train_dataset, eval_dataset)
+        self.flow.vae.to(args.device)
+        for reward in [*self.rewards.values(), *self.watched_rewards.values()]:
+            if isinstance(reward, nn.Module):
+                reward.to(args.device)
+
+        denoiser = self.flow.denoiser
+        denoiser._internal_dict = _SerializableConfig(denoiser.config)
+        if args.activation_checkpointing:
+            # A diffusers model has another method than the one Trainer would call. Older releases of transformers
+            # read the old name.
+            denoiser.enable_gradient_checkpointing()
+            args.activation_checkpointing = args.gradient_checkpointing = False
+        if full_fine_tuning:
+            network = denoiser.requires_grad_(True)
+        else:
+            if peft_config is None:
+                peft_config = self._default_peft_config()
+            # ZeRO-3 partitions parameters of one dtype; elsewhere the adapter is trained in float32.
+            network = get_peft_model(denoiser, peft_config, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
+
+        if args.sigma_shift is None:
+            sigmas = self.flow.schedule(args.num_inference_steps, self.height, self.width)
+        else:
+            sigmas = shifted_schedule(args.num_inference_steps, args.sigma_shift)
+        # The network is told these very values, and the algebra uses them.
+        self.sigmas = sigmas.float()
+        self.euler = transition_coefficients(self.sigmas, None)
+
+        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._seconds = defaultdict(float)
+        self._images_since_log = 0
+        self._last_log = (0, time.perf_counter())
+        super().__init__(
+            model=network,
+            args=args,
+            data_collator=_identity,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.samples_callback = SampleImagesCallback(self.callback_handler)
+        if args.log_samples:
+            self.add_callback(self.samples_callback)
+
+    # ---- What a subclass defines ----
+
+    @abstractmethod
+    def loss_terms(self, model: nn.Module, inputs: Any) -> Sequence[LossTerm]:
+        """
+        The terms of the loss of one micro-batch; their sum is the loss.
+
+        A term is called when its turn comes and its gradient is taken before the next is called, so memory holds the
+        graph of one term. Every process must return the same number of terms with the same number of forwards.
+
+        Args:
+            model (`nn.Module`): the denoiser as wrapped for training.
+            inputs: what `_prepare_inputs` returned.
+        """
+
+    def _check_before_loading(self, args: DiffusionConfig, train_dataset: Dataset) -> None:
+        """Checks of a subclass that need no weights."""
+
+    def _extra_state(self) -> dict[str, Any]:
+        """What a checkpoint must hold beyond the Trainer's own state, as JSON."""
+        return {}
+
+    def _load_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore what `_extra_state` gave."""
+
+    def _save_process_state(self, folder: str) -> None:
+        """Write what each process must keep for itself into the folder of a checkpoint."""
+
+    def _load_process_state(self, folder: str) -> None:
+        """Restore what `_save_process_state` wrote; called after `_load_extra_state`."""
+
+    # ---- Set-up ----
+
+    def _default_peft_config(self) -> LoraConfig:
+        # r, alpha and initialisation of Flow-GRPO's LoRA for FLUX and Stable Diffusion 3
+        return LoraConfig(
+            r=32, lora_alpha=64, init_lora_weights="gaussian", target_modules=self.flow.lora_target_modules
+        )
+
+    def _encode_prompts(self, args: DiffusionConfig, *prompt_datasets: Dataset | None) -> None:
+        prompts = [prompt for dataset in prompt_datasets if dataset is not None for prompt in dataset["prompt"]]
+        for encoder in self.flow.text_encoders.values():
+            encoder.to(args.device)
+        self.prompt_cache = PromptCache.build(self.flow, prompts, in_memory_only=not args.cache_prompt_embeds)
+        self.flow.free_text_encoders()
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # The columns of the dataset are for the rewards; the model's forward knows none of them.
+        if self._signature_columns is None:
+            self._signature_columns = ["prompt"]
+
+    # ---- Sampling ----
+
+    def velocity(
+        self, model: nn.Module, latents: torch.Tensor, sigma: torch.Tensor, conditioning: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """The one forward of rollout and training: velocity `(B, ...)`, float32, at latents and sigma `(B,)`."""
+        with self.compute_loss_context_manager():
+            return self.flow.velocity(
+                model, latents, sigma, conditioning, self.guidance_scale, self.height, self.width
+            )
+
+    def generators(self, *key: int | Sequence[int]) -> list[torch.Generator]:
+        """
+        One generator for each entry of the last element of `key`, seeded from the run's seed and the key: independent
+        streams that do not depend on the number of processes or the size of batches.
+        """
+        *path, indices = key
+        return [
+            torch.Generator(self.args.device).manual_seed(
+                int(np.random.SeedSequence([self.args.seed, *path, index]).generate_state(1, np.uint64)[0] >> 1)
+            )
+            for index in indices
+        ]
+
+    def randn(self, generators: list[torch.Generator], like: torch.Tensor) -> torch.Tensor:
+        """Standard normal noise like the latents `(B, ...)`, one generator a sample."""
+        return randn_tensor(tuple(like.shape), generator=generators, device=like.device, dtype=like.dtype)
+
+    def draw_initial_noise(self, generators: list[torch.Generator]) -> torch.Tensor:
+        """Noise `(B, ...)`, float32, as the network sees it, one generator a sample."""
+        return self.flow.draw_noise(len(generators), self.height, self.width, generators, self.args.device)
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images `(B, 3, H, W)` in [0, 1], float32, decoded `rollout_batch_size` at a time."""
+        size = self.rollout_batch_size
+        return torch.cat([self.flow.decode(part, self.height, self.width).float() for part in latents.split(size)])
+
+    @property
+    def rollout_batch_size(self) -> int:
+        return self.args.rollout_batch_size or self.args.per_device_train_batch_size
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: list[str],
+        seeds: Sequence[int],
+        adapter_fraction: float = 1.0,
+        batch_size: int | None = None,
+    ) -> torch.Tensor:
+        """
+        Sample images deterministically (Euler) on the trainer's schedule, at its size and guidance.
+
+        Args:
+            prompts (`list[str]` of length B):
+                Prompts, of the datasets given to the trainer.
+            seeds (`Sequence[int]` of length B):
+                Seed of each image's initial noise.
+            adapter_fraction (`float`, *optional*, defaults to `1.0`):
+                The adapter is on for this share of the steps, from the noisy end, and off for the rest: 1 is the
+                trained model, 0 the base model, 0.6 the hybrid of [Chunk-GRPO](https://huggingface.co/papers/2510.21583).
+            batch_size (`int`, *optional*):
+                Images sampled together; `rollout_batch_size` by default.
+
+        Returns:
+            `torch.Tensor` of shape `(B, 3, H, W)`, float32, in [0, 1], on the CPU.
+        """
+        if not 0 <= adapter_fraction <= 1:
+            raise ValueError(f"adapter_fraction must lie in [0, 1], got {adapter_fraction}.")
+        model = self.model_wrapped
+        if adapter_fraction < 1 and not isinstance(self.accelerator.unwrap_model(model), PeftModel):
+            raise ValueError(
+                f"adapter_fraction={adapter_fraction} needs an adapter to switch off, but all weights are trained."
+            )
+        batch_size = batch_size or self.rollout_batch_size
+        steps_with_adapter = round(adapter_fraction * self.args.num_inference_steps)
+        was_training = model.training
+        model.eval()
+        images = []
+        for start in range(0, len(prompts), batch_size):
+            conditioning = self.prompt_cache.get(prompts[start : start + batch_size], self.args.device)
+            generators = [
+                torch.Generator(self.args.device).manual_seed(int(seed)) for seed in seeds[start : start + batch_size]
+            ]
+
+            def velocity(latents, sigma, step, conditioning=conditioning):
+                with contextlib.nullcontext() if step < steps_with_adapter else self.adapter_off():
+                    return self.velocity(model, latents, sigma, conditioning)
+
+            trajectory = rollout(velocity, self.draw_initial_noise(generators), self.sigmas, self.euler)
+            images.append(self.decode(trajectory.clean).cpu())
+        model.train(was_training)
+        return torch.cat(images)
+
+    @contextlib.contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """Within this context the model is the base model."""
+        with self.accelerator.unwrap_model(self.model_wrapped).disable_adapter():
+            yield
+
+    def score(
+        self, rewards: dict[str, Reward], images: torch.Tensor, prompts: list[str], columns: dict[str, list[Any]]
+    ) -> torch.Tensor:
+        """Scores `(B, R)` of images, NaN where a reward does not apply; scored `rollout_batch_size` at a time."""
+        size = self.rollout_batch_size
+        scores = []
+        for reward in rewards.values():
+            parts = []
+            for start in range(0, len(prompts), size):
+                rows = slice(start, start + size)
+                parts.append(
+                    score_images(
+                        reward, images[rows], prompts[rows], {name: values[rows] for name, values in columns.items()}
+                    )
+                )
+            scores.append(torch.cat(parts))
+        return torch.stack(scores, 1) if scores else images.new_zeros((len(prompts), 0))
+
+    # ---- Training step ----
+
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        kwargs = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
+        with self.timed("update"):
+            terms = self.loss_terms(model, inputs)
+            state = self.accelerator.gradient_state
+            synchronize = state.sync_gradients
+            total = torch.zeros((), device=self.args.device)
+            for index, term in enumerate(terms):
+                # Gradients are exchanged once, with the last term; DDP decides on that in the forward already.
+                is_last = index == len(terms) - 1
+                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+                    state._set_sync_gradients(synchronize and is_last)
+                    loss = term()
+                    self._check_finite(loss, inputs, index, len(terms))
+                    self.accelerator.backward(loss / self.current_gradient_accumulation_steps, **kwargs)
+                total += loss.detach()
+            state._set_sync_gradients(synchronize)
+        return total / self.current_gradient_accumulation_steps
+
+    def _check_finite(self, loss: torch.Tensor, inputs: Any, index: int, count: int) -> None:
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss is {loss.item()} at optimizer step {self.state.global_step + 1}, term {index + 1} of "
+                f"{count}, on the prompts {self._prompts_of(inputs)}. The step was not applied. Lower learning_rate "
+                "or max_grad_norm, or check the rewards; resume from the last checkpoint."
+            )
+
+    @abstractmethod
+    def _prompts_of(self, inputs: Any) -> list[str]:
+        """The prompts of a micro-batch, for messages."""
+
+    # ---- Evaluation ----
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """
+        Score `num_eval_images` images of the evaluation prompts, with the same seeds every time.
+
+        Returns:
+            `dict[str, float]`: `{prefix}_reward`, `{prefix}_rewards/{name}/mean` and, for watched rewards,
+            `{prefix}_watch/{name}/mean`.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        check_prompts(dataset, "eval_dataset")
+        missing = [prompt for prompt in dataset["prompt"] if prompt not in self.prompt_cache]
+        if missing:
+            raise ValueError(
+                f"The evaluation prompt {missing[0]!r} was not among the datasets given to the trainer, whose text "
+                "encoders are freed by now. Pass this dataset as eval_dataset at construction."
+            )
+        total, processes = self.args.num_eval_images, self.accelerator.num_processes
+        # Every process makes as many images, since sharded models need all of them in every forward.
+        share = -(-total // processes)
+        local = [self.accelerator.process_index * share + i for i in range(share)]
+        rows = [dataset[index % len(dataset)] for index in local]
+        prompts = [row["prompt"] for row in rows]
+        columns = {name: [row[name] for row in rows] for name in dataset.column_names if name != "prompt"}
+        images = self.generate(prompts, local).to(self.args.device)
+        scores = self.score({**self.rewards, **self.watched_rewards}, images, prompts, columns)
+        scores = self.accelerator.gather(scores)[:total].cpu()
+        metrics = {}
+        for name, column in zip([*self.rewards, *self.watched_rewards], scores.unbind(1), strict=True):
+            kind = "rewards" if name in self.rewards else "watch"
+            metrics[f"{metric_key_prefix}_{kind}/{name}/mean"] = column.nanmean().item()
+        weighted = (scores[:, : len(self.rewards)] * self.reward_weights).nansum(1)
+        metrics[f"{metric_key_prefix}_reward"] = weighted.mean().item()
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- Logging ----
+
+    @contextlib.contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Count the seconds of a phase; on an accelerator its work is waited for."""
+        start = time.perf_counter()
+        yield
+        if self.args.device.type != "cpu":
+            torch.get_device_module(self.args.device).synchronize()
+        self._seconds[phase] += time.perf_counter() - start
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            metrics = self._metrics["train"]
+            logs = {**logs, **{name: float(np.nanmean(values)) for name, values in metrics.items()}}
+            metrics.clear()
+            logs.update(self._speed_and_memory())
+        super().log(logs, start_time)
+
+    def _speed_and_memory(self) -> dict[str, float]:
+        step, since = self._last_log
+        now = time.perf_counter()
+        steps = max(1, self.state.global_step - step)
+        logs = {f"time/{phase}": seconds / steps for phase, seconds in self._seconds.items()}
+        logs["images_per_second"] = self._images_since_log * self.accelerator.num_processes / (now - since)
+        if self.args.device.type == "cpu":
+            used = psutil.Process().memory_info().rss
+        else:
+            used = torch.get_device_module(self.args.device).max_memory_allocated()
+        logs["memory/peak_gib"] = used / 2**30
+        self._seconds.clear()
+        self._images_since_log = 0
+        self._last_log = (self.state.global_step, now)
+        return logs
+
+    # ---- Saving and resuming ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        output_dir = Path(self.args.output_dir if output_dir is None else output_dir)
+        if not self.args.should_save:
+            return
+        output_dir.mkdir(parents=True, exist_ok=True)
+        network = self.accelerator.unwrap_model(self.model)
+        base_model = self.model_name if self._is_hub_id else None
+        if isinstance(network, PeftModel):
+            save_adapter(network, type(self.flow.pipeline), output_dir, state_dict=state_dict, base_model=base_model)
+        else:
+            folder = output_dir / TRANSFORMER_SUBFOLDER
+            network.save_config(folder)
+            save_torch_state_dict(
+                network.state_dict() if state_dict is None else state_dict, folder, filename_pattern=WEIGHTS_PATTERN
+            )
+        torch.save(self.args, output_dir / "training_args.bin")
+
+    @property
+    def _is_hub_id(self) -> bool:
+        return bool(self.model_name) and self.model_name != "shapes" and not Path(self.model_name).exists()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        network = self.accelerator.unwrap_model(self.model if model is None else model)
+        if isinstance(network, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_torch_model(
+                network, Path(resume_from_checkpoint) / TRANSFORMER_SUBFOLDER, filename_pattern=WEIGHTS_PATTERN
+            )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save and not self.args.save_only_model:
+            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / STATE_NAME).write_text(json.dumps(self._extra_state(), indent=2), encoding="utf-8")
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._load_extra_state(json.loads((Path(checkpoint) / STATE_NAME).read_text(encoding="utf-8")))
+            self._load_process_state(checkpoint)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # Called on every process, once the folder of the checkpoint exists.
+        super()._save_rng_state(output_dir)
+        self._save_process_state(output_dir)
+
+
+def _identity(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return rows
+
+
+def _check_writable(folder: str) -> None:
+    """Refuse an output folder that cannot be written, before a run that would lose its results."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"output_dir {folder!r} is not writable: {error.strerror}. Choose another folder or change its permissions."
+        ) from error

@@ -1,0 +1,105 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Callbacks of the trainers."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import CallbackHandler
+
+from ..data.sampler import GroupSampler
+from ..rewards import to_pil
+
+
+class EpochCallback(TrainerCallback):
+    """Tells the sampler which epoch begins, also after a resume."""
+
+    def __init__(self, sampler: GroupSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self.sampler.set_epoch(int(state.epoch or 0))
+
+
+@dataclass
+class Samples:
+    """
+    Images to look at, with what is known about them.
+
+    Attributes:
+        images (`torch.Tensor` of shape `(N, 3, H, W)`): in [0, 1], on the CPU.
+        prompts (`list[str]` of length N): their prompts.
+        values (`dict[str, list[float]]`): rewards by name and the advantage, one an image.
+    """
+
+    images: torch.Tensor
+    prompts: list[str]
+    values: dict[str, list[float]]
+
+
+class SampleImagesCallback(TrainerCallback):
+    """
+    Writes sample images whenever the trainer logs: to `output_dir/samples/step_XXXXXX/` and to the reporting backends
+    that show images (TensorBoard, Weights & Biases, trackio).
+
+    The trainer puts the samples into the attribute `samples`; they are written once.
+
+    Args:
+        handler (`CallbackHandler`): the trainer's, to find TensorBoard's writer.
+    """
+
+    def __init__(self, handler: CallbackHandler):
+        self.handler = handler
+        self.samples: Samples | None = None
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if self.samples is None or not state.is_world_process_zero:
+            return
+        samples, self.samples = self.samples, None
+        pictures = to_pil(samples.images)
+        captions = [
+            f"{prompt} ({', '.join(f'{name} {values[i]:.3f}' for name, values in samples.values.items())})"
+            for i, prompt in enumerate(samples.prompts)
+        ]
+
+        folder = Path(args.output_dir) / "samples" / f"step_{state.global_step:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        records = []
+        for i, (picture, prompt) in enumerate(zip(pictures, samples.prompts, strict=True)):
+            picture.save(folder / f"{i:03d}.png")
+            values = {name: values[i] for name, values in samples.values.items()}
+            records.append({"file_name": f"{i:03d}.png", "prompt": prompt, **values})
+        # The layout of an image folder, which `datasets.load_dataset("imagefolder", data_dir=...)` reads.
+        lines = [json.dumps(record, ensure_ascii=False) for record in records]
+        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+        for callback in self.handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                callback.tb_writer.add_images("samples", samples.images, state.global_step)
+                callback.tb_writer.add_text("samples/captions", "\n\n".join(captions), state.global_step)
+        if "wandb" in args.report_to:
+            import wandb
+
+            pairs = zip(pictures, captions, strict=True)
+            wandb.log({"samples": [wandb.Image(picture, caption=caption) for picture, caption in pairs]}, commit=False)
+        if "trackio" in args.report_to:
+            import trackio
+
+            pairs = zip(pictures, captions, strict=True)
+            trackio.log({"samples": [trackio.Image(picture, caption=caption) for picture, caption in pairs]})

@@ -1,0 +1,331 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Settings of [`ChunkGRPOTrainer`]."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from ..flow import DEFAULT_ETA, equal_chunk_sizes
+from .base_config import DiffusionConfig
+
+
+# The paper's layout, for T = 17.
+PAPER_CHUNK_SIZES = [2, 3, 4, 7]
+
+_FLUX_720 = {
+    "height": 720,
+    "width": 720,
+    "num_inference_steps": 17,
+    "sigma_shift": 3.0,
+    "guidance_scale": 3.5,
+    "num_generations": 12,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 6,
+    "steps_per_generation": 12,
+    "weight_decay": 1e-4,
+    "max_grad_norm": 0.01,
+    "lr_scheduler_type": "constant",
+}
+
+
+@dataclass
+class ChunkGRPOConfig(DiffusionConfig):
+    r"""
+    Configuration class for the [`ChunkGRPOTrainer`].
+
+    Only the parameters specific to the method are listed here; see [`DiffusionConfig`] and
+    [`~transformers.TrainingArguments`] for the others.
+
+    Parameters:
+        > Parameters that control generation
+
+        num_generations (`int`, *optional*, defaults to `8`):
+            Number of images per prompt (G in the paper), at least 2.
+        generation_batch_size (`int`, *optional*):
+            Number of images of one generation, over all processes. `None` derives it from `steps_per_generation`.
+        steps_per_generation (`int`, *optional*):
+            Number of micro-batches made from one generation. `None` takes `gradient_accumulation_steps`: one optimizer
+            step per generation, strictly on-policy.
+        num_iterations (`int`, *optional*, defaults to `1`):
+            Number of passes over each generation.
+        sde_type (`str`, *optional*, defaults to `"flow"`):
+            Stochastic sampler: `"flow"` (Flow-GRPO), `"dance"` (DanceGRPO) or `"cps"` (coefficients-preserving).
+        eta (`float`, *optional*):
+            Noise level of the sampler. `None` takes the paper's value: 0.7 for flow, 0.3 for dance, 0.8 for cps.
+
+        > Parameters that control chunks
+
+        chunk_sizes (`list[int]` or `str`, *optional*):
+            Sizes of the chunks, the noisiest first, summing to `num_inference_steps - 1`; or `"equal:N"` for chunks of
+            N steps; or `"temporal"` for the layout that follows the dynamics of the first rollout. `None` is the
+            paper's `[2, 3, 4, 7]` for 17 steps and `"temporal"` for any other number. All ones is step-level GRPO.
+        num_chunks (`int`, *optional*, defaults to `4`):
+            Number of chunks K of a temporal layout.
+        min_chunk_size (`int`, *optional*, defaults to `2`):
+            Fewest steps of a chunk of a temporal layout.
+        chunk_fraction (`float`, *optional*, defaults to `0.5`):
+            Share of the chunks that each trajectory trains; at least one.
+        chunk_sampling (`str` or `list[int]`, *optional*, defaults to `"uniform"`):
+            Which chunks train: drawn uniformly for each generation (`"uniform"`), drawn with the odds of their
+            relative change (`"temporal"`, the paper's weighted sampling), or these indices every time (a list).
+        chunk_gradient (`str`, *optional*, defaults to `"joint"`):
+            `"joint"`: one forward and backward for all steps of a chunk; `"streamed"`: step by step, in the memory of
+            one step. Both give the same gradient.
+
+        > Parameters that control the objective
+
+        old_log_probs (`str`, *optional*, defaults to `"recompute"`):
+            Where updates are not strictly on-policy, the sampling policy's log-probabilities are recomputed before the
+            first update in the batch shapes of training (`"recompute"`) or taken from the rollout (`"rollout"`).
+        beta (`float`, *optional*, defaults to `0.0`):
+            Weight of the KL divergence to the reference, the model without its adapter.
+        epsilon (`float`, *optional*, defaults to `5e-5`):
+            Clip range of the ratio below 1. It is small because log-probabilities are averaged over latent elements.
+        epsilon_high (`float`, *optional*):
+            Clip range of the ratio above 1. `None` takes `epsilon`.
+        advantage_clip (`float`, *optional*, defaults to `5.0`):
+            Advantages are clamped to plus or minus this.
+        scale_rewards (`str`, *optional*, defaults to `"group"`):
+            Divide centred rewards by the std of the group (`"group"`), of the batch (`"batch"`) or not (`"none"`).
+        multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
+            Normalise the weighted sum of the rewards, or sum the normalised rewards (`"normalize_then_sum"`).
+    """
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        # https://huggingface.co/papers/2510.21583
+        "chunk_grpo": {
+            **_FLUX_720,
+            "sde_type": "flow",
+            "eta": 0.7,
+            "chunk_sizes": PAPER_CHUNK_SIZES,
+            "chunk_sampling": "temporal",
+            "learning_rate": 1e-5,
+            "max_steps": 300,
+        },
+        # https://huggingface.co/papers/2505.07818, the LoRA setting
+        "dance_grpo": {**_FLUX_720, "sde_type": "dance", "eta": 0.3, "chunk_sizes": "equal:1", "learning_rate": 3e-4},
+        # https://huggingface.co/papers/2505.05470 on the same schedule
+        "flow_grpo": {**_FLUX_720, "sde_type": "flow", "eta": 0.7, "chunk_sizes": "equal:1", "learning_rate": 3e-4},
+    }
+
+    # Generation
+    num_generations: int = field(default=8, metadata={"help": "Number of images per prompt, at least 2."})
+    generation_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of images of one generation, over all processes. None derives it from steps_per_generation."
+        },
+    )
+    steps_per_generation: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of micro-batches made from one generation. None takes gradient_accumulation_steps: one "
+            "optimizer step per generation, strictly on-policy."
+        },
+    )
+    num_iterations: int = field(default=1, metadata={"help": "Number of passes over each generation."})
+    sde_type: str = field(
+        default="flow", metadata={"help": "Stochastic sampler.", "choices": ["flow", "dance", "cps"]}
+    )
+    eta: float | None = field(
+        default=None,
+        metadata={"help": "Noise level. None takes the paper's value: 0.7 for flow, 0.3 for dance, 0.8 for cps."},
+    )
+
+    # Chunks
+    chunk_sizes: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Sizes of the chunks, the noisiest first, summing to num_inference_steps - 1; or 'equal:N'; or "
+            "'temporal'. None is the paper's 2 3 4 7 for 17 steps and 'temporal' for any other number."
+        },
+    )
+    num_chunks: int = field(default=4, metadata={"help": "Number of chunks of a temporal layout."})
+    min_chunk_size: int = field(default=2, metadata={"help": "Fewest steps of a chunk of a temporal layout."})
+    chunk_fraction: float = field(
+        default=0.5, metadata={"help": "Share of the chunks that each trajectory trains; at least one."}
+    )
+    chunk_sampling: list[str] | None = field(
+        default=None,
+        metadata={"help": "Which chunks train: 'uniform' (the default), 'temporal', or chunk indices."},
+    )
+    chunk_gradient: str = field(
+        default="joint",
+        metadata={
+            "help": "'joint': one forward and backward a chunk; 'streamed': step by step, in the memory of one step.",
+            "choices": ["joint", "streamed"],
+        },
+    )
+
+    # Objective
+    old_log_probs: str = field(
+        default="recompute",
+        metadata={
+            "help": "Where updates are not on-policy, recompute the sampling policy's log-probabilities or take the "
+            "rollout's.",
+            "choices": ["recompute", "rollout"],
+        },
+    )
+    beta: float = field(default=0.0, metadata={"help": "Weight of the KL divergence to the reference."})
+    epsilon: float = field(default=5e-5, metadata={"help": "Clip range of the ratio below 1."})
+    epsilon_high: float | None = field(
+        default=None, metadata={"help": "Clip range of the ratio above 1. None takes epsilon."}
+    )
+    advantage_clip: float = field(default=5.0, metadata={"help": "Advantages are clamped to plus or minus this."})
+    scale_rewards: str = field(
+        default="group",
+        metadata={"help": "Divide centred rewards by this std.", "choices": ["group", "batch", "none"]},
+    )
+    multi_objective_aggregation: str = field(
+        default="sum_then_normalize",
+        metadata={
+            "help": "Normalise the weighted sum of the rewards, or sum the normalised rewards.",
+            "choices": ["sum_then_normalize", "normalize_then_sum"],
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_choice("sde_type", tuple(DEFAULT_ETA))
+        self._check_choice("chunk_gradient", ("joint", "streamed"))
+        self._check_choice("old_log_probs", ("recompute", "rollout"))
+        self._check_choice("scale_rewards", ("group", "batch", "none"))
+        self._check_choice("multi_objective_aggregation", ("sum_then_normalize", "normalize_then_sum"))
+        if self.eta is None:
+            self.eta = DEFAULT_ETA[self.sde_type]
+        if not 0 < self.eta <= (1 if self.sde_type == "cps" else float("inf")):
+            raise ValueError(
+                f"eta must be above 0{' and at most 1' if self.sde_type == 'cps' else ''}, got {self.eta}: without "
+                "noise all images of a prompt are alike and there is nothing to compare."
+            )
+        if self.epsilon_high is None:
+            self.epsilon_high = self.epsilon
+        for name in ("epsilon", "epsilon_high", "advantage_clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
+        if self.beta < 0:
+            raise ValueError(f"beta must not be negative, got {self.beta}.")
+        if not 0 < self.chunk_fraction <= 1:
+            raise ValueError(f"chunk_fraction must lie in (0, 1], got {self.chunk_fraction}.")
+        self._resolve_batches()
+        self._resolve_chunk_sizes()
+        self._resolve_chunk_sampling()
+
+    def _resolve_batches(self) -> None:
+        if self.num_generations < 2:
+            raise ValueError(
+                f"num_generations must be at least 2, got {self.num_generations}: advantages compare the images of a "
+                "prompt with each other."
+            )
+        if self.num_iterations < 1:
+            raise ValueError(f"num_iterations must be at least 1, got {self.num_iterations}.")
+        global_batch_size = self.per_device_train_batch_size * self.world_size
+        if self.generation_batch_size is not None and self.steps_per_generation is not None:
+            if self.generation_batch_size != global_batch_size * self.steps_per_generation:
+                raise ValueError(
+                    f"generation_batch_size ({self.generation_batch_size}) and steps_per_generation "
+                    f"({self.steps_per_generation}) contradict each other at {global_batch_size} images per "
+                    "micro-batch over all processes. Set only one of them."
+                )
+        elif self.generation_batch_size is not None:
+            if self.generation_batch_size % global_batch_size:
+                raise ValueError(
+                    f"generation_batch_size ({self.generation_batch_size}) must be divisible by the images of a "
+                    f"micro-batch over all processes ({global_batch_size})."
+                )
+            self.steps_per_generation = self.generation_batch_size // global_batch_size
+        else:
+            if self.steps_per_generation is None:
+                self.steps_per_generation = self.gradient_accumulation_steps
+            self.generation_batch_size = global_batch_size * self.steps_per_generation
+        if self.steps_per_generation < 1:
+            raise ValueError(f"steps_per_generation must be at least 1, got {self.steps_per_generation}.")
+        if self.generation_batch_size % self.num_generations:
+            raise ValueError(
+                f"num_generations ({self.num_generations}) must divide the generation batch "
+                f"({self.generation_batch_size} images = {self.per_device_train_batch_size} per device x "
+                f"{self.world_size} processes x {self.steps_per_generation} micro-batches). Change num_generations, "
+                "per_device_train_batch_size or gradient_accumulation_steps."
+            )
+
+    def _resolve_chunk_sizes(self) -> None:
+        num_transitions = self.num_inference_steps - 1
+        sizes = self.chunk_sizes
+        if sizes is None:
+            sizes = PAPER_CHUNK_SIZES if self.num_inference_steps == 17 else "temporal"
+        if isinstance(sizes, list | tuple) and len(sizes) == 1 and isinstance(sizes[0], str):
+            sizes = sizes[0]  # the command line always gives a list
+        if isinstance(sizes, str):
+            kind, _, size = sizes.partition(":")
+            if kind == "equal" and size.isdecimal() and int(size) > 0:
+                sizes = equal_chunk_sizes(num_transitions, int(size))
+            elif sizes.isdecimal():
+                sizes = [int(sizes)]
+            elif sizes != "temporal":
+                raise ValueError(
+                    f"chunk_sizes must be a list of sizes, 'equal:N' or 'temporal', got {sizes!r}."
+                )
+        if sizes == "temporal":
+            if self.num_chunks < 1 or self.min_chunk_size < 1:
+                raise ValueError(
+                    f"num_chunks and min_chunk_size must be at least 1, got {self.num_chunks} and "
+                    f"{self.min_chunk_size}."
+                )
+            if self.num_chunks * self.min_chunk_size > num_transitions:
+                raise ValueError(
+                    f"num_chunks={self.num_chunks} chunks of at least min_chunk_size={self.min_chunk_size} steps do "
+                    f"not fit the {num_transitions} trainable transitions of num_inference_steps="
+                    f"{self.num_inference_steps}. Lower one of them or raise num_inference_steps."
+                )
+        else:
+            try:
+                sizes = [int(size) for size in sizes]
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"chunk_sizes must be a list of sizes, 'equal:N' or 'temporal', got {self.chunk_sizes!r}."
+                ) from error
+            if any(size < 1 for size in sizes):
+                raise ValueError(f"chunk_sizes must all be at least 1, got {sizes}.")
+            if sum(sizes) != num_transitions:
+                raise ValueError(
+                    f"chunk_sizes {sizes} sum to {sum(sizes)}, but num_inference_steps={self.num_inference_steps} has "
+                    f"{num_transitions} trainable transitions (the last step is never trained). Make the sizes sum "
+                    f"to {num_transitions}, or use 'equal:N' or 'temporal'."
+                )
+        self.chunk_sizes = sizes
+
+    def _resolve_chunk_sampling(self) -> None:
+        sampling = "uniform" if self.chunk_sampling is None else self.chunk_sampling
+        if isinstance(sampling, list | tuple) and len(sampling) == 1 and sampling[0] in ("uniform", "temporal"):
+            sampling = sampling[0]
+        if sampling not in ("uniform", "temporal"):
+            num_chunks = self.num_chunks if self.chunk_sizes == "temporal" else len(self.chunk_sizes)
+            try:
+                indices = sorted(int(index) for index in sampling)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"chunk_sampling must be 'uniform', 'temporal' or a list of chunk indices, got {sampling!r}."
+                ) from error
+            if not indices or len(set(indices)) != len(indices) or not 0 <= indices[0] <= indices[-1] < num_chunks:
+                raise ValueError(
+                    f"chunk_sampling {sampling!r} must name distinct chunks among 0 to {num_chunks - 1}."
+                )
+            sampling = indices
+        self.chunk_sampling = sampling
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether no generation outlives an optimizer step, so that the ratio is 1 in value."""
+        return self.gradient_accumulation_steps % (self.steps_per_generation * self.num_iterations) == 0

@@ -1,0 +1,537 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Group-relative policy optimisation of chunks of sampling steps."""
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from peft import PeftConfig, PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from ..data.sampler import GroupSampler
+from ..flow import (
+    Trajectory,
+    chunk_steps,
+    draw_chunks,
+    log_prob,
+    rollout,
+    temporal_chunk_sizes,
+    temporal_chunk_weights,
+    transition_coefficients,
+    transition_mean,
+)
+from ..objectives import (
+    aggregate_advantages,
+    chunk_ratio,
+    clipped_surrogate,
+    surrogate_log_prob_weight,
+    transition_kl,
+)
+from ..rewards import Reward
+from .base_trainer import DiffusionTrainer, LossTerm
+from .callbacks import EpochCallback, Samples
+from .chunk_grpo_config import ChunkGRPOConfig
+
+
+logger = logging.get_logger(__name__)
+
+# Streams of random numbers, each with its own seeds.
+_INITIAL_NOISE, _SAMPLING_NOISE, _CHUNKS = range(3)
+
+
+@dataclass
+class MicroBatch:
+    """
+    The part of a generation that one micro-batch trains, of m images.
+
+    Attributes:
+        prompts (`list[str]` of length m): their prompts.
+        states (`dict[int, torch.Tensor]`): latents `(m, ...)`, float32, before and after each trained transition.
+        advantages (`torch.Tensor` of shape `(m,)`): group-relative.
+        rollout_log_probs (`torch.Tensor` of shape `(m, T)`): of the rollout's forwards.
+        chunks (`list[list[int]]`): the transitions of each trained chunk.
+        old_log_probs (`torch.Tensor` of shape `(m, T)` or `None`): of the sampling policy; `None` where the update is
+            strictly on-policy.
+    """
+
+    prompts: list[str]
+    states: dict[int, torch.Tensor]
+    advantages: torch.Tensor
+    rollout_log_probs: torch.Tensor
+    chunks: list[list[int]]
+    old_log_probs: torch.Tensor | None = None
+
+
+class ChunkGRPOTrainer(DiffusionTrainer):
+    """
+    Trainer for [Chunk-GRPO](https://huggingface.co/papers/2510.21583): online reinforcement learning of flow-matching
+    text-to-image models that optimises chunks of consecutive sampling steps. Chunks of one step are step-level GRPO
+    ([DanceGRPO](https://huggingface.co/papers/2505.07818), [Flow-GRPO](https://huggingface.co/papers/2505.05470)).
+
+    ```python
+    from datasets import load_dataset
+    from trl_diffusion import ChunkGRPOConfig, ChunkGRPOTrainer
+
+
+    def reward(images, prompts, **columns):
+        return [float(image.resize((1, 1)).getpixel((0, 0))[0]) for image in images]
+
+
+    trainer = ChunkGRPOTrainer(
+        model="black-forest-labs/FLUX.1-dev",
+        reward_funcs=reward,
+        args=ChunkGRPOConfig(output_dir="flux-chunk-grpo"),
+        train_dataset=load_dataset("...", split="train"),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~diffusers.DiffusionPipeline`]):
+            Id or path of a pipeline, `"shapes"` for the embedded world, or a loaded pipeline. A loaded pipeline loses
+            its text encoders once the prompts are encoded.
+        reward_funcs (`str`, [`~trl_diffusion.rewards.RewardModel`], `Callable`, or a list of these):
+            Rewards to maximise, see [`~trl_diffusion.rewards.load_reward`]. A callable gets `(images: list[PIL.Image],
+            prompts: list[str], **columns)` with the dataset's other columns, and returns a list of float or None.
+        args ([`ChunkGRPOConfig`], *optional*):
+            Settings.
+        train_dataset (`datasets.Dataset`):
+            Prompts, in a column "prompt".
+        eval_dataset (`datasets.Dataset`, *optional*):
+            Prompts of the evaluations.
+        callbacks (`list[TrainerCallback]`, *optional*):
+            More callbacks.
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            Optimizer and scheduler to use.
+        peft_config ([`~peft.LoraConfig`] or `False`, *optional*):
+            Adapter; `None` is LoRA on the family's attention layers, `False` full fine-tuning.
+        watch_reward_funcs (as `reward_funcs`, *optional*):
+            Rewards that are logged and not trained, to see reward hacking.
+    """
+
+    _tag_names = ["trl", "trl_diffusion", "chunk-grpo"]
+    _name = "Chunk-GRPO"
+    _paper = {
+        "title": "Sample By Step, Optimize By Chunk: Chunk-Level GRPO For Text-to-Image Generation",
+        "id": "2510.21583",
+    }
+    config_class = ChunkGRPOConfig
+
+    def __init__(
+        self,
+        model: str | DiffusionPipeline,
+        reward_funcs: str | Reward | list[str | Reward],
+        args: ChunkGRPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: PeftConfig | bool | None = None,
+        watch_reward_funcs: str | Reward | list[str | Reward] | None = None,
+    ):
+        super().__init__(
+            model, reward_funcs, args, train_dataset, eval_dataset, callbacks, optimizers, peft_config,
+            watch_reward_funcs,
+        )  # fmt: skip
+        args = self.args
+        device = args.device
+        self.transitions = transition_coefficients(self.sigmas, args.sde_type, args.eta)
+        self._transitions_on_device = self.transitions.to(device, torch.float32)
+        self._sigmas_on_device = self.sigmas.to(device)
+        self.chunk_sizes = None if args.chunk_sizes == "temporal" else args.chunk_sizes
+        self.reference = None
+        if args.beta > 0 and not isinstance(self.model, PeftModel):
+            self.reference = copy.deepcopy(self.model).requires_grad_(False).eval().to(device)
+        self._micro_step = 0  # micro-batches trained so far
+        self._generation: list[MicroBatch] | None = None
+        # The data loader does not forward the epoch to a sampler inside accelerate's batch sampler.
+        self.add_callback(EpochCallback(self._sampler))
+
+    def _check_before_loading(self, args: ChunkGRPOConfig, train_dataset: Dataset) -> None:
+        self._sampler = GroupSampler(
+            len(train_dataset),
+            num_generations=args.num_generations,
+            batch_size=args.per_device_train_batch_size,
+            steps=args.steps_per_generation,
+            num_processes=args.world_size,
+            repeats=args.steps_per_generation * args.num_iterations,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
+
+    # ---- Data ----
+
+    def get_train_dataloader(self):
+        # As in TRL, the loader is read once a micro-batch and gives a whole generation batch each time, of which only
+        # the first in a row is used.
+        return self._get_dataloader(
+            dataset=self.train_dataset,
+            description="Training",
+            batch_size=self._train_batch_size * self.args.steps_per_generation,
+            sampler_fn=self._get_train_sampler,
+            is_training=True,
+        )
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GroupSampler:
+        return self._sampler
+
+    def train(self, *args, **kwargs):
+        self._micro_step = 0
+        self._generation = None
+        return super().train(*args, **kwargs)
+
+    @property
+    def _micro_steps_per_generation(self) -> int:
+        return self.args.steps_per_generation * self.args.num_iterations
+
+    def _prepare_inputs(self, inputs: list[dict[str, Any]]) -> MicroBatch:
+        generation, position = divmod(self._micro_step, self._micro_steps_per_generation)
+        if position == 0:
+            self._generation = self._generate(inputs, generation)
+        self._micro_step += 1
+        return self._generation[position % self.args.steps_per_generation]
+
+    # ---- Generation ----
+
+    def _generate(self, rows: list[dict[str, Any]], generation: int) -> list[MicroBatch]:
+        """Sample, score and compare the images of a generation; returns this process's micro-batches."""
+        args = self.args
+        prompts = [row["prompt"] for row in rows]
+        columns = {name: [row[name] for row in rows] for name in self.train_dataset.column_names if name != "prompt"}
+        self.model_wrapped.eval()
+        with self.timed("rollout"):
+            trajectory, drawn = self._rollout(prompts, generation)
+        with self.timed("decode"):
+            images = self.decode(trajectory.clean)
+        with self.timed("reward"):
+            scores = self.score(self.rewards, images, prompts, columns)
+            watched = self.score(self.watched_rewards, images, prompts, columns)
+        advantages = self._advantages(scores, watched, prompts)
+        self._images_since_log += len(prompts)
+        self._keep_samples(images, prompts, scores, watched, advantages)
+
+        size = args.per_device_train_batch_size
+        micro_batches = [
+            MicroBatch(
+                prompts=prompts[start : start + size],
+                states={i: latents[start : start + size] for i, latents in trajectory.states.items()},
+                advantages=advantages[start : start + size],
+                rollout_log_probs=trajectory.log_probs[start : start + size],
+                chunks=drawn,
+            )
+            for start in range(0, len(prompts), size)
+        ]
+        if not args.on_policy:
+            with self.timed("old_log_probs"), torch.no_grad():
+                for micro_batch in micro_batches:
+                    micro_batch.old_log_probs = self._old_log_probs(micro_batch)
+        return micro_batches
+
+    def _global_index(self, count: int) -> list[int]:
+        """The place in the generation batch of all processes of each of this process's rows, see [`GroupSampler`]."""
+        size, processes = self.args.per_device_train_batch_size, self.accelerator.num_processes
+        rank = self.accelerator.process_index
+        return [(row // size * processes + rank) * size + row % size for row in range(count)]
+
+    def _rollout(self, prompts: list[str], generation: int) -> tuple[Trajectory, list[list[int]]]:
+        """Trajectories of this process's rows, with the states of the transitions that will train, and the chunks."""
+        args = self.args
+        index = self._global_index(len(prompts))
+        noise_index = [i // args.num_generations for i in index] if args.shared_noise == "group" else index
+        initial = self.draw_initial_noise(self.generators(_INITIAL_NOISE, generation, noise_index))
+        sampling = self.generators(_SAMPLING_NOISE, generation, index)
+
+        # Which chunks train is known before the rollout, unless it depends on the rollout's dynamics.
+        drawn = None
+        if self.chunk_sizes is not None and args.chunk_sampling != "temporal":
+            drawn = self._draw_chunks(generation, None)
+        keep = range(args.num_inference_steps - 1) if drawn is None else sum(drawn, [])
+
+        trajectories = []
+        for start in range(0, len(prompts), self.rollout_batch_size):
+            part = slice(start, start + self.rollout_batch_size)
+            conditioning = self.prompt_cache.get(prompts[part], args.device)
+            noise, generators = initial[part], sampling[part]
+
+            def velocity(latents, sigma, step, conditioning=conditioning):
+                return self.velocity(self.model_wrapped, latents, sigma, conditioning)
+
+            def draw_noise(generators=generators, noise=noise):
+                return self.randn(generators, noise)
+
+            trajectories.append(rollout(velocity, noise, self.sigmas, self.transitions, draw_noise, keep))
+        trajectory = Trajectory.cat(trajectories)
+
+        changes = trajectory.relative_changes.mean(0)[:-1]
+        changes = self.accelerator.reduce(changes, reduction="mean").cpu()
+        if self.chunk_sizes is None:
+            self.chunk_sizes = temporal_chunk_sizes(changes, args.num_chunks, args.min_chunk_size)
+            logger.info(f"Temporal chunk layout of this run, the noisiest first: {self.chunk_sizes}")
+        if drawn is None:
+            drawn = self._draw_chunks(generation, changes)
+            trajectory.keep(sum(drawn, []))
+        return trajectory, drawn
+
+    def _draw_chunks(self, generation: int, relative_changes: torch.Tensor | None) -> list[list[int]]:
+        """The transitions of each chunk that trains in this generation, the same on every process."""
+        args = self.args
+        steps = chunk_steps(self.chunk_sizes)
+        if isinstance(args.chunk_sampling, list):
+            return [steps[index] for index in args.chunk_sampling]
+        weights = None
+        if args.chunk_sampling == "temporal":
+            weights = temporal_chunk_weights(relative_changes, self.chunk_sizes)
+        seed = int(np.random.SeedSequence([args.seed, _CHUNKS, generation]).generate_state(1)[0])
+        generator = torch.Generator().manual_seed(seed)
+        return [steps[index] for index in draw_chunks(len(steps), args.chunk_fraction, weights, generator)]
+
+    def _advantages(self, scores: torch.Tensor, watched: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """Advantages `(B,)` of this process's rows, from the scores `(B, R)` of all processes; logs the rewards."""
+        args = self.args
+        processes, size = self.accelerator.num_processes, args.per_device_train_batch_size
+
+        # process, micro-batch, row -> micro-batch, process, row; see `GroupSampler`
+        gathered = self.accelerator.gather(torch.cat([scores, watched], 1))
+        gathered = gathered.view(processes, -1, size, gathered.shape[1]).transpose(0, 1).flatten(0, 2)
+        rewards, watched = gathered.split([scores.shape[1], watched.shape[1]], 1)
+        if rewards.isnan().all():
+            raise ValueError(
+                f"Every reward of generation {self._micro_step} is None or NaN: none of the reward functions "
+                f"{list(self.rewards)} applies to any of {len(rewards)} images (first prompt: {prompts[0]!r}). There "
+                "is nothing to train on; check the reward functions and the prompts."
+            )
+        advantages, total, group_std = aggregate_advantages(
+            rewards,
+            self.reward_weights.to(rewards.device),
+            args.num_generations,
+            args.multi_objective_aggregation,
+            args.scale_rewards,
+            args.advantage_clip,
+        )
+        metrics = self._metrics["train"]
+        metrics["reward"].append(total.nanmean().item())
+        metrics["reward_std"].append(group_std.mean().item())
+        metrics["frac_reward_zero_std"].append((group_std == 0).float().mean().item())
+        for name, column in zip(self.rewards, rewards.unbind(1), strict=True):
+            metrics[f"rewards/{name}/mean"].append(column.nanmean().item())
+            metrics[f"rewards/{name}/std"].append(column[~column.isnan()].std().item())
+        for name, column in zip(self.watched_rewards, watched.unbind(1), strict=True):
+            metrics[f"watch/{name}/mean"].append(column.nanmean().item())
+        return advantages.view(-1, processes, size)[:, self.accelerator.process_index].flatten()
+
+    def _keep_samples(self, images, prompts, scores, watched, advantages) -> None:
+        count = self.args.num_samples_to_log
+        columns = torch.cat([scores, watched, advantages[:, None]], 1)[:count].cpu().unbind(1)
+        names = [*self.rewards, *self.watched_rewards, "advantage"]
+        self.samples_callback.samples = Samples(
+            images=images[:count].cpu(),
+            prompts=prompts[:count],
+            values={name: column.tolist() for name, column in zip(names, columns, strict=True)},
+        )
+
+    # ---- Objective ----
+
+    def _transition(
+        self, model: nn.Module, micro_batch: MicroBatch, steps: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        The transitions `steps` of a micro-batch in one forward: log-probabilities `(m, S)`, means and std, the latter
+        two step by step along the batch `(S * m, ...)`.
+        """
+        m = len(micro_batch.prompts)
+        latents = torch.cat([micro_batch.states[i] for i in steps])
+        following = torch.cat([micro_batch.states[i + 1] for i in steps])
+        index = torch.tensor(steps, device=latents.device).repeat_interleave(m)
+        conditioning = {
+            name: tensor.repeat(len(steps), *(1,) * (tensor.ndim - 1))
+            for name, tensor in self.prompt_cache.get(micro_batch.prompts, latents.device).items()
+        }
+        velocity = self.velocity(model, latents, self._sigmas_on_device[index], conditioning)
+        coefficients = self._transitions_on_device.rows(index, latents.ndim)
+        mean = transition_mean(latents, velocity, coefficients)
+        return log_prob(following, mean, coefficients.std).view(len(steps), m).T, mean, coefficients.std
+
+    def _forward_groups(self, chunk: list[int]) -> list[list[int]]:
+        """The transitions of each forward of a chunk."""
+        return [chunk] if self.args.chunk_gradient == "joint" else [[i] for i in chunk]
+
+    @torch.no_grad()
+    def _log_probs(self, model: nn.Module, micro_batch: MicroBatch, chunk: list[int]) -> torch.Tensor:
+        """Log-probabilities `(m, cs)` without gradient, in the batch shapes of training."""
+        parts = [self._transition(model, micro_batch, steps)[0] for steps in self._forward_groups(chunk)]
+        return torch.cat(parts, 1)
+
+    def _old_log_probs(self, micro_batch: MicroBatch) -> torch.Tensor:
+        """Log-probabilities `(m, T)` of the sampling policy at the trained transitions."""
+        if self.args.old_log_probs == "rollout":
+            return micro_batch.rollout_log_probs
+        old = micro_batch.rollout_log_probs.clone()
+        for chunk in micro_batch.chunks:
+            old[:, chunk] = self._log_probs(self.model_wrapped, micro_batch, chunk)
+        return old
+
+    def loss_terms(self, model: nn.Module, micro_batch: MicroBatch) -> Sequence[LossTerm]:
+        """
+        One term for each trained chunk (`chunk_gradient="joint"`), or for each of its steps (`"streamed"`).
+
+        The loss is the mean over images and trained chunks of the clipped surrogate, plus `beta` times the KL
+        divergence to the reference; every chunk weighs the same, whatever its size.
+        """
+        if self.args.chunk_gradient == "joint":
+            return [lambda chunk=chunk: self._joint_term(model, micro_batch, chunk) for chunk in micro_batch.chunks]
+        terms = []
+        for chunk in micro_batch.chunks:
+            weights = {}  # of the chunk, computed by its first step and used by all
+            terms += [
+                lambda step=step, chunk=chunk, weights=weights: self._streamed_term(
+                    model, micro_batch, chunk, step, weights
+                )
+                for step in chunk
+            ]
+        return terms
+
+    def _joint_term(self, model: nn.Module, micro_batch: MicroBatch, chunk: list[int]) -> torch.Tensor:
+        args = self.args
+        log_probs, mean, std = self._transition(model, micro_batch, chunk)
+        old = log_probs.detach() if micro_batch.old_log_probs is None else micro_batch.old_log_probs[:, chunk]
+        ratio = chunk_ratio(log_probs, old)
+        surrogate = clipped_surrogate(ratio, micro_batch.advantages, args.epsilon, args.epsilon_high)
+        loss = surrogate.mean() / len(micro_batch.chunks)
+        self._record_ratio(micro_batch, chunk, ratio.detach(), log_probs.detach())
+        return loss + self._kl_term(micro_batch, chunk, mean, std) / len(micro_batch.chunks)
+
+    def _streamed_term(
+        self, model: nn.Module, micro_batch: MicroBatch, chunk: list[int], step: int, weights: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        args = self.args
+        advantages = micro_batch.advantages
+        if not weights:
+            ratio = torch.ones_like(advantages)
+            if micro_batch.old_log_probs is not None:
+                log_probs = self._log_probs(model, micro_batch, chunk)
+                ratio = chunk_ratio(log_probs, micro_batch.old_log_probs[:, chunk])
+                self._record_ratio(micro_batch, chunk, ratio, log_probs)
+            weights["log_prob"] = surrogate_log_prob_weight(ratio, advantages, args.epsilon, args.epsilon_high)
+            weights["value"] = clipped_surrogate(ratio, advantages, args.epsilon, args.epsilon_high)
+        log_probs, mean, std = self._transition(model, micro_batch, [step])
+        if micro_batch.old_log_probs is None:
+            self._record_ratio(micro_batch, [step], torch.ones_like(advantages), log_probs.detach())
+        weighted = weights["log_prob"] * log_probs[:, 0]
+        # The gradient is that of `weighted`, the value that of the chunk's loss.
+        loss = (weighted - weighted.detach() + weights["value"]).mean()
+        loss = loss + self._kl_term(micro_batch, [step], mean, std)
+        return loss / (len(chunk) * len(micro_batch.chunks))
+
+    def _kl_term(
+        self, micro_batch: MicroBatch, steps: list[int], mean: torch.Tensor, std: torch.Tensor
+    ) -> torch.Tensor | float:
+        if self.args.beta == 0:
+            return 0.0
+        with torch.no_grad():
+            if self.reference is None:
+                with self.adapter_off():
+                    reference_mean = self._transition(self.model_wrapped, micro_batch, steps)[1]
+            else:
+                reference_mean = self._transition(self.reference, micro_batch, steps)[1]
+        kl = transition_kl(mean, reference_mean, std).mean()
+        self._metrics["train"]["kl"].append(kl.item())
+        return self.args.beta * kl
+
+    def _record_ratio(
+        self, micro_batch: MicroBatch, steps: list[int], ratio: torch.Tensor, log_probs: torch.Tensor
+    ) -> None:
+        args, advantages = self.args, micro_batch.advantages
+        gap = (log_probs - micro_batch.rollout_log_probs[:, steps]).abs()
+        if micro_batch.old_log_probs is not None:
+            # The policy has moved on by now; the gap is between the two ways to have the old log-probabilities.
+            gap = (micro_batch.old_log_probs - micro_batch.rollout_log_probs)[:, steps].abs()
+        low = (ratio < 1 - args.epsilon) & (advantages < 0)
+        high = (ratio > 1 + args.epsilon_high) & (advantages > 0)
+        values = torch.stack([ratio.mean(), low.float().mean(), high.float().mean(), gap.mean()])
+        values = self.accelerator.reduce(values, reduction="mean").tolist()
+        names = ("ratio/mean", "clip_ratio/low_mean", "clip_ratio/high_mean", "rollout_logp_gap")
+        for name, value in zip(names, values, strict=True):
+            self._metrics["train"][name].append(value)
+        if values[-1] > args.epsilon:
+            logger.warning_once(
+                f"Log-probabilities of the rollout and of training differ by {values[-1]:.1e} on average, more than "
+                f"epsilon={args.epsilon:.1e}: forwards depend on the batch shape. Keep old_log_probs='recompute', or "
+                "set rollout_batch_size=per_device_train_batch_size and chunk_gradient='streamed'."
+            )
+
+    def _prompts_of(self, inputs: MicroBatch) -> list[str]:
+        return inputs.prompts
+
+    # ---- Saving and resuming ----
+
+    def _extra_state(self) -> dict[str, Any]:
+        return {"micro_step": self._micro_step, "chunk_sizes": self.chunk_sizes}
+
+    def _load_extra_state(self, state: dict[str, Any]) -> None:
+        self._micro_step = state["micro_step"]
+        self.chunk_sizes = state["chunk_sizes"]
+
+    def _generation_file(self, folder: str) -> Path:
+        return Path(folder) / f"generation_{self.accelerator.process_index}.safetensors"
+
+    def _save_process_state(self, folder: str) -> None:
+        # A generation that will still be trained cannot be made again: the policy has moved on since.
+        if self._micro_step % self._micro_steps_per_generation == 0:
+            return
+        tensors, rest = {}, []
+        for i, micro_batch in enumerate(self._generation):
+            tensors |= {f"{i}.states.{step}": latents for step, latents in micro_batch.states.items()}
+            tensors |= {
+                f"{i}.{name}": vars(micro_batch)[name]
+                for name in ("advantages", "rollout_log_probs", "old_log_probs")
+                if vars(micro_batch)[name] is not None
+            }
+            rest.append({"prompts": micro_batch.prompts, "chunks": micro_batch.chunks})
+        # Slices share the memory of the whole generation, which safetensors refuses.
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        save_file(tensors, self._generation_file(folder), metadata={"micro_batches": json.dumps(rest)})
+
+    def _load_process_state(self, folder: str) -> None:
+        if self._micro_step % self._micro_steps_per_generation == 0:
+            return
+        with safe_open(self._generation_file(folder), framework="pt", device=str(self.args.device)) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            rest = json.loads(file.metadata()["micro_batches"])
+        self._generation = [
+            MicroBatch(
+                prompts=fields["prompts"],
+                chunks=fields["chunks"],
+                states={
+                    int(name.rsplit(".", 1)[1]): tensor
+                    for name, tensor in tensors.items()
+                    if name.startswith(f"{i}.states.")
+                },
+                advantages=tensors[f"{i}.advantages"],
+                rollout_log_probs=tensors[f"{i}.rollout_log_probs"],
+                old_log_probs=tensors.get(f"{i}.old_log_probs"),
+            )
+            for i, fields in enumerate(rest)
+        ]
