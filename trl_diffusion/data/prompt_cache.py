@@ -129,8 +129,8 @@ class PromptCache:
         for prompt in prompts:
             if prompt not in self._row:
                 raise KeyError(
-                    f"The prompt {prompt!r} is not in the cache of {len(self)} prompts. Pass every prompt of the run to "
-                    "`PromptCache.build`."
+                    f"The prompt {prompt!r} is not in the cache of {len(self)} prompts. Pass every prompt of the run "
+                    "to `PromptCache.build`."
                 )
         # Each distinct prompt is read and moved once; its G generations are copies on the device.
         distinct = list(dict.fromkeys(prompts))

@@ -13,16 +13,16 @@
 # limitations under the License.
 
 r"""
-Direct-Align ([SRPO](https://huggingface.co/papers/2509.06942)): a clean image is noised with a known noise, the network
-takes one small step, and the known noise gives the clean image back.
+Direct-Align ([SRPO](https://huggingface.co/papers/2509.06942)): a clean image is noised with a known noise, the
+network takes one small step, and the known noise gives the clean image back.
 
 With $u = e - x_0$ the true velocity, $v$ the network's and $\delta = |\sigma_{in} - \sigma_{out}|$, a pass recovers
 
 $$ \hat x_0 = x_0 \pm \frac{\delta}{1 - \sigma_{out}}\,(u - v) $$
 
 with + in the `"denoise"` branch ($\sigma_{in} = \sigma_{out} + \delta$) and - in the `"inversion"` branch
-($\sigma_{in} = \sigma_{out} - \delta$). So a right velocity returns the image exactly at any noise level, $\delta$ only
-scales the gradient, and inversion turns the gradient around.
+($\sigma_{in} = \sigma_{out} - \delta$). So a right velocity returns the image exactly at any noise level, $\delta$
+only scales the gradient, and inversion turns the gradient around.
 """
 
 from collections.abc import Callable
@@ -138,5 +138,5 @@ def direct_align_pass(
 
 
 def _broadcast(sigma: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """Sigmas `(B,)` or `()`, shaped `(B, 1, ...)` in the latents' dtype, lest float64 schedules promote the latents."""
+    """Sigmas `(B,)` or `()` as `(B, 1, ...)`, in the latents' dtype lest a float64 schedule promotes the latents."""
     return sigma.to(latents).view((-1,) + (1,) * (latents.ndim - 1))

@@ -55,7 +55,7 @@ class TransitionCoefficients(NamedTuple):
         return TransitionCoefficients(*(table.to(device=device, dtype=dtype) for table in self))
 
     def rows(self, index: torch.Tensor, ndim: int) -> "TransitionCoefficients":
-        """The coefficients of the transitions `index` `(B,)`, shaped `(B, 1, ...)` to broadcast against `ndim` axes."""
+        """The coefficients of the transitions `index` `(B,)`, shaped `(B, 1, ...)` to broadcast over `ndim` axes."""
         return TransitionCoefficients(*(table[index].view((-1,) + (1,) * (ndim - 1)) for table in self))
 
 

@@ -24,6 +24,8 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 class RewardModel(nn.Module):
@@ -43,6 +45,7 @@ class RewardModel(nn.Module):
     """
 
     name: str
+    gradient_checkpointing = False
 
     def score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """
@@ -62,6 +65,46 @@ class RewardModel(nn.Module):
         """Eval mode and no gradient for the parameters; gradients still reach the images."""
         return self.requires_grad_(False).eval()
 
+    def enable_gradient_checkpointing(self) -> None:
+        """
+        Recompute the layers of transformers models in the backward pass instead of keeping their activations.
+
+        Raises:
+            `ValueError`: the model has no layer that transformers can checkpoint.
+        """
+        if not self._checkpointed_layers():
+            raise ValueError(
+                f"The reward {self.name!r} has no layers of transformers to checkpoint. Switch gradient checkpointing "
+                "of rewards off, or override enable_gradient_checkpointing in it."
+            )
+        self.gradient_checkpointing = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "RewardModel":
+        super().train(mode)
+        if self.gradient_checkpointing:
+            # transformers checkpoints in training mode only. The flag of the layer alone is set, not its children's:
+            # dropout stays off. The public switch is refused by some models and does nothing in eval mode.
+            for layer in self._checkpointed_layers():
+                layer.training = True
+                layer.gradient_checkpointing = True
+                layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+        return self
+
+    def _checkpointed_layers(self) -> list[GradientCheckpointingLayer]:
+        return [module for module in self.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+class BlackBoxReward:
+    """
+    A reward that is no differentiable model and needs a name or settings: a server, a recogniser of text.
+
+    A subclass sets `name` and defines `__call__(images: list[PIL.Image], prompts: list[str], **columns)`, which
+    returns a list of float or None. Plain functions serve as well.
+    """
+
+    name: str
+
 
 # A reward as users give it: a model, or a black box `f(images: list[PIL.Image], prompts: list[str], **columns)` that
 # returns a list of float or None.
@@ -70,7 +113,7 @@ Reward = RewardModel | Callable[..., list[float | None]]
 
 def reward_name(reward: Reward) -> str:
     """The name under which a reward is logged."""
-    if isinstance(reward, RewardModel):
+    if isinstance(reward, RewardModel | BlackBoxReward):
         return reward.name
     if isinstance(reward, functools.partial):
         return reward_name(reward.func)

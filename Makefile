@@ -1,0 +1,41 @@
+# Needs python3 (3.10 or newer), make and git; everything else goes into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Written last, so that an installation that was interrupted is done again.
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help setup demo test lint format clean
+
+help:
+	@echo "make demo    align the small built-in FLUX on this machine and write the results to demo-chunk-grpo/"
+	@echo "make test    run the whole test suite"
+	@echo "make lint    check style and formatting"
+	@echo "make format  repair style and formatting"
+	@echo "make clean   remove .venv and build leftovers"
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, but $(PYTHON) is " + sys.version.split()[0] + ". Choose another one: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,test]"
+	touch $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(BIN)/trl-diffusion demo chunk_grpo $(DEMO_ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	find trl_diffusion tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

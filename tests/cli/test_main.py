@@ -1,0 +1,63 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from trl_diffusion.cli.main import main
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    printed = capsys.readouterr().out
+    for command in ("chunk_grpo", "demo", "env"):
+        assert f"\n  {command} " in printed
+
+
+@pytest.mark.parametrize("arguments", [[], ["ppo"], ["--seed", "1"]])
+def test_wrong_command_is_refused_with_the_known_ones(capsys, arguments):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert "chunk_grpo" in capsys.readouterr().err
+
+
+def test_env_prints_versions(capsys):
+    assert main(["env"]) == 0
+    printed = capsys.readouterr().out
+    assert f"- torch: {torch.__version__}\n" in printed
+    assert "- trl_diffusion: " in printed
+
+
+def test_the_module_is_a_command_for_launchers():
+    done = subprocess.run(
+        [sys.executable, "-m", "trl_diffusion.cli", "demo", "--help"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0
+    assert "--num_eval_images" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--max_steps", "0"), ("--num_eval_images", "-1"), ("--seed", "x"), ("--steps", "3")]
+)
+def test_demo_refuses_wrong_options(capsys, option, value):
+    with pytest.raises(SystemExit) as exit_:
+        main(["demo", "chunk_grpo", option, value])
+    assert exit_.value.code == 2
+    assert option in capsys.readouterr().err

@@ -1,0 +1,68 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Every test runs offline, in temporary caches, with few threads and fixed seeds."""
+
+import os
+import random
+import shutil
+import tempfile
+
+
+# Read when the Hugging Face libraries are imported, so set before any of them is.
+_CACHE = tempfile.mkdtemp(prefix="trl_diffusion_tests_")
+os.environ.update(
+    HF_HOME=os.path.join(_CACHE, "huggingface"),
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_DATASETS_CACHE=os.path.join(_CACHE, "datasets"),
+    HF_DATASETS_OFFLINE="1",
+    MPLBACKEND="Agg",
+    MPLCONFIGDIR=os.path.join(_CACHE, "matplotlib"),
+    TOKENIZERS_PARALLELISM="false",
+    WANDB_MODE="offline",
+)
+
+import hypothesis  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+# The models are tiny: more threads cost more than they give, and disturb the processes of distributed tests.
+torch.set_num_threads(1)
+
+# The same examples in every run, no time limit on a slow machine, and nothing left in the folder.
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("suite")
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, and torch.cuda.is_available() is False")
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(skip)
+
+
+def pytest_unconfigure():
+    shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds():
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

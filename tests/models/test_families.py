@@ -1,0 +1,381 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The definition of a supported family: the very latents and images of its own diffusers pipeline."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import tiny_flux_pipeline, tiny_sd3_pipeline
+
+from trl_diffusion.models import FluxFlowModel, SD3FlowModel, load_flow_model
+
+
+PROMPTS = ["a small red circle on white", "a large blue square on black"]
+NUM_STEPS = 5
+
+# name: (builder, its arguments, FlowModel class, guidance scale, height, width)
+FAMILIES = {
+    "flux-dev": (tiny_flux_pipeline, {}, FluxFlowModel, 3.5, 16, 16),
+    "flux-dev-wide": (tiny_flux_pipeline, {}, FluxFlowModel, 3.5, 16, 24),
+    "flux-dev-static-shift": (tiny_flux_pipeline, {"dynamic_shifting": False}, FluxFlowModel, 2.0, 24, 16),
+    "flux-schnell": (tiny_flux_pipeline, {"guidance_embeds": False}, FluxFlowModel, 1.0, 16, 16),
+    "flux-schnell-wide": (tiny_flux_pipeline, {"guidance_embeds": False}, FluxFlowModel, 1.0, 8, 24),
+    "sd3": (tiny_sd3_pipeline, {}, SD3FlowModel, 1.0, 16, 16),
+    "sd3-guided": (tiny_sd3_pipeline, {}, SD3FlowModel, 5.0, 16, 16),
+    "sd3-guided-wide": (tiny_sd3_pipeline, {}, SD3FlowModel, 5.0, 16, 24),
+    "sd3-dynamic-shift": (tiny_sd3_pipeline, {"dynamic_shifting": True}, SD3FlowModel, 5.0, 24, 16),
+}
+# One row of each family, where the guidance and the size make no difference.
+ONE_OF_EACH = ["flux-dev", "flux-schnell", "sd3-guided"]
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    build, arguments, model_class, guidance_scale, height, width = FAMILIES[request.param]
+    flow_model = load_flow_model(build(**arguments))
+    assert type(flow_model) is model_class
+    flow_model.max_sequence_length = 16  # short, to be quick
+    return flow_model, guidance_scale, height, width
+
+
+def one_of_each(function):
+    return pytest.mark.parametrize("family", ONE_OF_EACH, indirect=True)(function)
+
+
+def run_pipeline(flow_model, latents, guidance_scale, height, width, output_type):
+    return flow_model.pipeline(
+        prompt=PROMPTS,
+        height=height,
+        width=width,
+        num_inference_steps=NUM_STEPS,
+        guidance_scale=guidance_scale,
+        latents=latents,
+        max_sequence_length=flow_model.max_sequence_length,
+        output_type=output_type,
+    ).images
+
+
+def run_euler(flow_model, denoiser, latents, guidance_scale, height, width):
+    sigmas = flow_model.schedule(NUM_STEPS, height, width)
+    conditioning = flow_model.encode_prompt(PROMPTS)
+    for i in range(NUM_STEPS):
+        velocity = flow_model.velocity(denoiser, latents, sigmas[i], conditioning, guidance_scale, height, width)
+        latents = latents + (sigmas[i + 1] - sigmas[i]) * velocity
+    return latents
+
+
+@torch.no_grad()
+def test_rollout_and_image_are_those_of_the_pipeline(family):
+    flow_model, guidance_scale, height, width = family
+    flow_model.check_size(height, width)
+    noise = flow_model.draw_noise(len(PROMPTS), height, width, torch.Generator().manual_seed(0))
+    latents = run_euler(flow_model, flow_model.denoiser, noise, guidance_scale, height, width)
+    images = flow_model.decode(latents, height, width)
+
+    expected_latents = run_pipeline(flow_model, noise, guidance_scale, height, width, "latent")
+    expected_images = run_pipeline(flow_model, noise, guidance_scale, height, width, "pt")
+    assert latents.dtype == images.dtype == torch.float32
+    assert images.shape == (len(PROMPTS), 3, height, width)
+    assert (expected_latents - noise).abs().max() > 0.1, "the pipeline did nothing: the test would prove nothing"
+    torch.testing.assert_close(latents, expected_latents, rtol=0, atol=1e-5)
+    torch.testing.assert_close(images, expected_images, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_noise_is_that_of_the_pipeline(family):
+    flow_model, guidance_scale, height, width = family
+    with_latents, with_generator = (
+        flow_model.pipeline(
+            prompt=PROMPTS,
+            height=height,
+            width=width,
+            num_inference_steps=1,
+            guidance_scale=guidance_scale,
+            max_sequence_length=flow_model.max_sequence_length,
+            output_type="latent",
+            **source,
+        ).images
+        for source in (
+            {"latents": flow_model.draw_noise(2, height, width, torch.Generator().manual_seed(3))},
+            {"generator": torch.Generator().manual_seed(3)},
+        )
+    )
+    assert torch.equal(with_latents, with_generator)
+
+
+def test_noise_of_a_sample_does_not_depend_on_its_batch(family):
+    flow_model, _, height, width = family
+    together = flow_model.draw_noise(4, height, width, [torch.Generator().manual_seed(i) for i in range(4)])
+    alone = [flow_model.draw_noise(1, height, width, [torch.Generator().manual_seed(i)]) for i in range(4)]
+    assert torch.equal(together, torch.cat(alone))
+    assert not torch.equal(together[0], together[1])
+    with pytest.raises(ValueError, match="3 generators for 4 samples"):
+        flow_model.draw_noise(4, height, width, [torch.Generator() for _ in range(3)])
+
+
+@torch.no_grad()
+def test_rows_of_different_sigma_equal_separate_calls(family):
+    flow_model, guidance_scale, height, width = family
+    latents = flow_model.draw_noise(2, height, width)
+    conditioning = flow_model.encode_prompt(PROMPTS)
+    sigma = torch.tensor([0.913, 0.127])
+    together = flow_model.velocity(flow_model.denoiser, latents, sigma, conditioning, guidance_scale, height, width)
+    for i in range(2):
+        row = {name: tensor[i : i + 1] for name, tensor in conditioning.items()}
+        alone = flow_model.velocity(
+            flow_model.denoiser, latents[i : i + 1], sigma[i], row, guidance_scale, height, width
+        )
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-5)
+    swapped = flow_model.velocity(
+        flow_model.denoiser, latents, sigma.flip(0), conditioning, guidance_scale, height, width
+    )
+    assert (swapped - together).abs().max() > 1e-3
+
+
+@one_of_each
+@torch.no_grad()
+def test_the_network_gets_the_exact_sigma(family):
+    flow_model, guidance_scale, height, width = family
+    seen = []
+    handle = flow_model.denoiser.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["timestep"]), with_kwargs=True
+    )
+    sigma = torch.tensor(0.9876543)
+    latents = flow_model.draw_noise(2, height, width)
+    conditioning = flow_model.encode_prompt(PROMPTS)
+    flow_model.velocity(flow_model.denoiser, latents, sigma, conditioning, guidance_scale, height, width)
+    handle.remove()
+    unit = 1000 if isinstance(flow_model, SD3FlowModel) else 1
+    assert seen[0].dtype == torch.float32
+    assert torch.equal(seen[0], (sigma * unit).expand(len(seen[0])))
+
+
+@torch.no_grad()
+def test_guidance_reaches_the_network_only_where_the_family_has_it(family):
+    flow_model, _, height, width = family
+    latents = flow_model.draw_noise(2, height, width)
+    conditioning = flow_model.encode_prompt(PROMPTS)
+    low, high = (
+        flow_model.velocity(
+            flow_model.denoiser, latents, torch.tensor(0.5), conditioning, guidance_scale, height, width
+        )
+        for guidance_scale in (1.0, 5.0)
+    )
+    without_guidance = isinstance(flow_model, FluxFlowModel) and not flow_model.transformer_config.guidance_embeds
+    assert torch.equal(low, high) == without_guidance
+
+
+@one_of_each
+def test_encode_prompt_is_that_of_the_pipeline(family):
+    flow_model, *_ = family
+    conditioning = flow_model.encode_prompt(PROMPTS)
+    arguments = {"prompt": PROMPTS, "max_sequence_length": flow_model.max_sequence_length}
+    with torch.no_grad():
+        if isinstance(flow_model, FluxFlowModel):
+            expected = flow_model.pipeline.encode_prompt(**arguments)[:2]
+            names = ["prompt_embeds", "pooled_prompt_embeds"]
+        else:
+            expected = flow_model.pipeline.encode_prompt(**arguments, prompt_2=None, prompt_3=None)
+            names = [
+                "prompt_embeds",
+                "negative_prompt_embeds",
+                "pooled_prompt_embeds",
+                "negative_pooled_prompt_embeds",
+            ]
+    assert sorted(conditioning) == sorted(names)
+    for name, tensor in zip(names, expected, strict=True):
+        assert not conditioning[name].requires_grad
+        torch.testing.assert_close(conditioning[name], tensor, rtol=0, atol=1e-5)
+    assert not torch.equal(conditioning["prompt_embeds"][0], conditioning["prompt_embeds"][1])
+    # Autocast must not reach the text encoders.
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = flow_model.encode_prompt(PROMPTS)
+    for name in names:
+        assert torch.equal(under_autocast[name], conditioning[name])
+
+
+def test_encode_and_decode_invert_each_others_layout(family):
+    flow_model, _, height, width = family
+    images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    latents = flow_model.encode_image(images)
+    assert latents.dtype == torch.float32
+    assert latents.shape == flow_model.draw_noise(2, height, width).shape
+
+    # Truth: the VAE and the image processor of the pipeline, used by hand.
+    vae, processor = flow_model.vae, flow_model.pipeline.image_processor
+    with torch.no_grad():
+        raw = vae.encode(processor.normalize(images)).latent_dist.mode()
+        expected = processor.denormalize(vae.decode(raw).sample)
+        decoded = flow_model.decode(latents, height, width)
+    torch.testing.assert_close(decoded, expected, rtol=0, atol=1e-5)
+
+    sampled = [flow_model.encode_image(images, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(sampled[0], sampled[1])
+    assert not torch.equal(sampled[0], sampled[2])
+    assert not torch.equal(sampled[0], latents)
+
+
+@one_of_each
+def test_gradient_through_decode(family):
+    flow_model, _, height, width = family
+    latents = flow_model.draw_noise(1, height, width).requires_grad_()
+    images = flow_model.decode(latents, height, width)
+    free = ((images > 0.05) & (images < 0.95)).detach()  # of the clamp, which has a kink
+    assert free.float().mean() > 0.9
+    images[free].mean().backward()
+    # Along the gradient itself, where a finite difference is largest.
+    direction = latents.grad / latents.grad.norm()
+    step = 1e-2
+    with torch.no_grad():
+        plus, minus = (
+            flow_model.decode(latents + sign * step * direction, height, width)[free].double().mean()
+            for sign in (1, -1)
+        )
+    torch.testing.assert_close((plus - minus) / (2 * step), latents.grad.norm().double(), rtol=1e-2, atol=0)
+    assert all(parameter.grad is None for parameter in flow_model.vae.parameters())
+
+
+@one_of_each
+def test_vae_gradient_checkpointing_recomputes_and_gives_the_same_gradient(family):
+    flow_model, _, height, width = family
+    latents = flow_model.draw_noise(1, height, width)
+    calls = []
+    flow_model.vae.decoder.mid_block.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def gradient():
+        calls.clear()
+        leaf = latents.clone().requires_grad_()
+        flow_model.decode(leaf, height, width).square().sum().backward()
+        return leaf.grad, len(calls)
+
+    expected, once = gradient()
+    flow_model.enable_vae_gradient_checkpointing()
+    actual, twice = gradient()
+    assert not flow_model.vae.training
+    assert (once, twice) == (1, 2)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
+
+
+@one_of_each
+def test_adapter_wraps_every_attention_layer_and_trains(family):
+    flow_model, guidance_scale, height, width = family
+    linear = {
+        name
+        for name, module in flow_model.denoiser.named_modules()
+        if isinstance(module, torch.nn.Linear) and {"attn", "attn2"} & set(name.split("."))
+    }
+    noise = flow_model.draw_noise(len(PROMPTS), height, width)
+    with torch.no_grad():
+        before = run_euler(flow_model, flow_model.denoiser, noise, guidance_scale, height, width)
+    model = get_peft_model(flow_model.denoiser, LoraConfig(r=2, target_modules=flow_model.lora_target_modules))
+    assert {name.removeprefix("base_model.model.") for name in model.targeted_module_names} == linear
+    after = run_euler(flow_model, model, noise, guidance_scale, height, width)
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)  # B is zero at the start
+    after.square().sum().backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained == {name for name, _ in model.named_parameters() if "lora_" in name}
+
+
+@one_of_each
+@torch.no_grad()
+def test_bfloat16_network_keeps_latents_in_float32(family):
+    flow_model, guidance_scale, height, width = family
+    noise = flow_model.draw_noise(len(PROMPTS), height, width)
+    expected = run_euler(flow_model, flow_model.denoiser, noise, guidance_scale, height, width)
+    half = load_flow_model(copy.deepcopy(flow_model.pipeline).to(torch.bfloat16))
+    assert half.dtype == torch.bfloat16
+    latents = run_euler(half, half.denoiser, noise, guidance_scale, height, width)
+    images = half.decode(latents, height, width)
+    assert latents.dtype == images.dtype == half.encode_image(images).dtype == torch.float32
+    assert 0 < (latents - expected).norm() / expected.norm() < 0.2
+
+
+def test_everything_is_frozen_and_in_eval_mode(family):
+    flow_model, *_ = family
+    modules = [flow_model.vae, flow_model.denoiser, *flow_model.text_encoders.values()]
+    assert len(modules) == (4 if isinstance(flow_model, FluxFlowModel) else 5)
+    assert not any(module.training for module in modules)
+    assert not any(parameter.requires_grad for module in modules for parameter in module.parameters())
+
+
+@one_of_each
+def test_free_text_encoders(family):
+    flow_model, guidance_scale, height, width = family
+    conditioning = flow_model.encode_prompt(PROMPTS)
+    flow_model.free_text_encoders()
+    left = {name for name, module in flow_model.pipeline.components.items() if isinstance(module, torch.nn.Module)}
+    assert left == {"transformer", "vae"}
+    with pytest.raises(RuntimeError, match="freed"):
+        flow_model.encode_prompt(PROMPTS)
+    # What sample images need still works: the pipeline, from embeddings.
+    arguments = {name: tensor for name, tensor in conditioning.items() if guidance_scale > 1 or "neg" not in name}
+    images = flow_model.pipeline(
+        **arguments, height=height, width=width, num_inference_steps=1, guidance_scale=guidance_scale, output_type="pt"
+    ).images
+    assert images.shape == (2, 3, height, width)
+
+
+@one_of_each
+def test_schedule_leaves_the_pipelines_scheduler_alone(family):
+    flow_model, _, height, width = family
+    scheduler = flow_model.pipeline.scheduler
+    scheduler.set_timesteps(3, mu=0.5 if scheduler.config.use_dynamic_shifting else None)
+    before = scheduler.sigmas.clone()
+    sigmas = flow_model.schedule(7, height, width)
+    assert torch.equal(scheduler.sigmas, before)
+    assert sigmas.shape == (8,) and sigmas.dtype == torch.float32
+    assert sigmas[0] == 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
+
+
+def test_defaults():
+    dev, schnell = load_flow_model(tiny_flux_pipeline()), load_flow_model(tiny_flux_pipeline(guidance_embeds=False))
+    sd3 = load_flow_model(tiny_sd3_pipeline())
+    assert [model.default_guidance_scale for model in (dev, schnell, sd3)] == [3.5, 1.0, 7.0]
+    assert [model.latent_downsample for model in (dev, schnell, sd3)] == [4, 4, 4]
+    assert dev.max_sequence_length == dev.tokenizers["tokenizer_2"].model_max_length == 48
+    assert sd3.max_sequence_length == 256
+    assert dev.default_size == (256, 256)  # as FluxPipeline: 128 latents of 2 pixels here, of 8 in the real one
+    assert sd3.default_size == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("build", "height", "width", "message"),
+    [
+        (tiny_flux_pipeline, 18, 16, "height=18 .* multiple of 4.* Nearest: 16 and 20"),
+        (tiny_flux_pipeline, 16, 3, "width=3 .* Nearest: 4"),
+        (tiny_flux_pipeline, 0, 16, "height=0 .* Nearest: 4"),
+        (tiny_sd3_pipeline, 16, -8, "width=-8 .* Nearest: 4"),
+        (tiny_sd3_pipeline, 36, 16, "height=36 is too large .* 32 pixels"),
+    ],
+)
+def test_impossible_sizes_name_the_value_and_the_nearest(build, height, width, message):
+    flow_model = load_flow_model(build())
+    with pytest.raises(ValueError, match=message):
+        flow_model.check_size(height, width)
+    if height > 0 and width > 0:
+        with pytest.raises(ValueError, match=message):
+            flow_model.encode_image(torch.rand(1, 3, height, width))
+
+
+def test_largest_size_works():
+    flow_model = load_flow_model(tiny_sd3_pipeline())
+    assert flow_model.max_size == 32
+    flow_model.check_size(32, 32)
+    latents = flow_model.draw_noise(1, 32, 32)
+    conditioning = flow_model.encode_prompt(["a"])
+    velocity = flow_model.velocity(flow_model.denoiser, latents, torch.tensor(0.5), conditioning, 1.0, 32, 32)
+    assert velocity.shape == latents.shape

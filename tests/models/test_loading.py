@@ -1,0 +1,179 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import importlib.util
+import json
+import os
+import re
+
+import pytest
+import torch
+from diffusers import (
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxImg2ImgPipeline,
+    FluxKontextPipeline,
+    StableDiffusion3Img2ImgPipeline,
+)
+from tiny_models import tiny_flux_pipeline, tiny_sd3_pipeline
+from transformers import T5EncoderModel
+from transformers.integrations.deepspeed import (
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
+
+from trl_diffusion.models import FLOW_MODELS, FluxFlowModel, SD3FlowModel, load_flow_model, whole_weights
+
+
+@pytest.fixture(scope="module")
+def flux_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flux")
+    tiny_flux_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def zero3():
+    """The state that training arguments with ZeRO-3 leave behind in transformers."""
+
+    class Zero3Config:
+        config = {"zero_optimization": {"stage": 3}}
+
+        def is_zero3(self):
+            return True
+
+    config = Zero3Config()  # transformers holds a weak reference only
+    set_hf_deepspeed_config(config)
+    yield config
+    unset_hf_deepspeed_config()
+
+
+@pytest.mark.parametrize("as_type", [str, lambda path: path])
+def test_loads_a_folder(flux_folder, as_type):
+    flow_model = load_flow_model(as_type(flux_folder))
+    assert type(flow_model) is FluxFlowModel
+    assert flow_model.dtype == torch.float32
+    original = tiny_flux_pipeline()
+    for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        expected = getattr(original, name).state_dict()
+        actual = getattr(flow_model.pipeline, name).state_dict()
+        assert expected.keys() == actual.keys()
+        assert all(torch.equal(expected[key], actual[key]) for key in expected)
+
+
+def test_torch_dtype_reaches_all_weights(flux_folder):
+    flow_model = load_flow_model(flux_folder, torch_dtype=torch.bfloat16)
+    modules = [flow_model.denoiser, flow_model.vae, *flow_model.text_encoders.values()]
+    assert flow_model.dtype == torch.bfloat16
+    assert all(module.dtype == torch.bfloat16 for module in modules)
+
+
+def test_arguments_reach_from_pretrained(flux_folder):
+    flow_model = load_flow_model(flux_folder, text_encoder=None, text_encoder_2=None)
+    assert flow_model.text_encoders == {}
+    with pytest.raises(RuntimeError, match="no text encoders"):
+        flow_model.encode_prompt(["a"])
+
+
+def test_the_embedded_world():
+    flow_model = load_flow_model("shapes")
+    assert type(flow_model) is FluxFlowModel
+    assert flow_model.default_size == (32, 32)
+    assert flow_model.dtype == torch.float32
+    flow_model.check_size(*flow_model.default_size)
+    assert flow_model.max_sequence_length == 16
+    images = torch.rand(1, 3, 32, 32)
+    assert flow_model.decode(flow_model.encode_image(images), 32, 32).shape == images.shape
+
+
+def test_loaded_pipelines():
+    assert type(load_flow_model(tiny_flux_pipeline())) is FluxFlowModel
+    assert type(load_flow_model(tiny_sd3_pipeline())) is SD3FlowModel
+    with pytest.raises(ValueError, match="'revision', 'torch_dtype'.*loaded pipeline"):
+        load_flow_model(tiny_flux_pipeline(), torch_dtype=torch.bfloat16, revision="main")
+
+
+@pytest.mark.parametrize("pipeline_class", [FluxImg2ImgPipeline, FluxKontextPipeline, StableDiffusion3Img2ImgPipeline])
+def test_unsupported_loaded_pipelines_are_refused(pipeline_class):
+    base = tiny_sd3_pipeline() if "StableDiffusion3" in pipeline_class.__name__ else tiny_flux_pipeline()
+    pipeline = pipeline_class(**base.components)
+    with pytest.raises(ValueError, match=f"{pipeline_class.__name__} is not supported.*{', '.join(FLOW_MODELS)}"):
+        load_flow_model(pipeline)
+
+
+def test_unsupported_family_is_refused_before_weights_load(tmp_path):
+    # No weights in the folder at all: loading them would be another error.
+    config = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="StableDiffusionPipeline of .* is not supported.*FluxPipeline"):
+        load_flow_model(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, "not json", "{}"])
+def test_folder_without_a_pipeline_is_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "model_index.json").write_text(content)
+    with pytest.raises(ValueError, match=f"(?s){re.escape(str(tmp_path))}.*Supported: FluxPipeline"):
+        load_flow_model(tmp_path)
+
+
+@pytest.mark.parametrize("model", ["no/such/path/here", "no-owner/no-model"])
+def test_wrong_path_or_id_is_refused(model):
+    with pytest.raises(ValueError, match=f"(?s)'{model}'.*Supported: FluxPipeline, StableDiffusion3Pipeline"):
+        load_flow_model(model)
+
+
+def test_scheduler_must_integrate_a_flow():
+    pipeline = tiny_flux_pipeline()
+    pipeline.scheduler = EulerDiscreteScheduler()
+    with pytest.raises(ValueError, match="EulerDiscreteScheduler.*FlowMatchEulerDiscreteScheduler"):
+        load_flow_model(pipeline)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    with pytest.raises(ValueError, match="invert_sigmas=False"):
+        load_flow_model(pipeline)
+
+
+def test_a_flow_model_of_the_wrong_class_is_refused():
+    with pytest.raises(ValueError, match="SD3FlowModel needs a StableDiffusion3Pipeline, got a FluxPipeline"):
+        SD3FlowModel(tiny_flux_pipeline())
+
+
+def test_zero3_does_not_partition_frozen_models(flux_folder, zero3):
+    flow_model = load_flow_model(flux_folder)
+    assert is_deepspeed_zero3_enabled()  # restored
+    original = tiny_flux_pipeline().text_encoder_2.state_dict()
+    actual = flow_model.text_encoders["text_encoder_2"].state_dict()
+    assert all(torch.equal(original[key], actual[key]) for key in original)
+    # What the context prevents: transformers hands the model to DeepSpeed. Without it installed, that is an error.
+    if importlib.util.find_spec("deepspeed") is None:
+        with pytest.raises(ImportError, match="deepspeed"):
+            T5EncoderModel.from_pretrained(flux_folder, subfolder="text_encoder_2")
+
+
+def test_whole_weights_restores_what_was(zero3, monkeypatch):
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    with pytest.raises(KeyError), whole_weights():
+        assert not is_deepspeed_zero3_enabled()
+        assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
+        raise KeyError
+    assert is_deepspeed_zero3_enabled()
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
+
+
+def test_whole_weights_without_deepspeed():
+    unset_hf_deepspeed_config()
+    with whole_weights():
+        assert not is_deepspeed_zero3_enabled()
+    assert not is_deepspeed_zero3_enabled()

@@ -1,0 +1,202 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Tiny, untrained pipelines of the supported families, built from configs alone: no file, no network, under a second.
+
+Their geometry is the real one in small: VAE of factor 2 with 4 latent channels, patches of 2, so one token is 4 x 4
+pixels. Weights are random but fixed by `seed`.
+"""
+
+import string
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+
+def clip_tokenizer(max_length: int = 64) -> CLIPTokenizer:
+    """A CLIP tokenizer that knows single bytes only, so every text tokenises."""
+    alphabet = sorted(ByteLevel.alphabet())
+    tokens = ["<|startoftext|>", "<|endoftext|>", *alphabet, *(letter + "</w>" for letter in alphabet)]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=max_length)
+
+
+def t5_tokenizer(max_length: int = 48) -> T5TokenizerFast:
+    """A T5 tokenizer that knows single printable characters only; anything else becomes `<unk>`."""
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    vocab += [(letter, -3.0) for letter in string.digits + string.ascii_letters + string.punctuation]
+    return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=max_length)
+
+
+def _clip_text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        projection_dim=32,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _t5_encoder(tokenizer: T5TokenizerFast, hidden_size: int) -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=hidden_size,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
+    return T5EncoderModel(config)
+
+
+def _vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        sample_size=16,
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.1159,
+        scaling_factor=0.3611,
+    )
+
+
+def tiny_flux_pipeline(
+    guidance_embeds: bool = True, seed: int = 0, dynamic_shifting: bool | None = None
+) -> FluxPipeline:
+    """A FLUX.1 pipeline in small, float32, on the CPU.
+
+    Args:
+        guidance_embeds (`bool`, *optional*, defaults to `True`):
+            `True` for the likeness of FLUX.1-dev, `False` for that of FLUX.1-schnell.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights. The global generator is left as it was.
+        dynamic_shifting (`bool`, *optional*):
+            Whether the schedule shifts with the resolution. As the two published models by default: dev does, schnell
+            does not.
+    """
+    if dynamic_shifting is None:
+        dynamic_shifting = guidance_embeds
+    tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=(4, 6, 6),
+        )
+        text_encoder = CLIPTextModel(_clip_text_config(tokenizer))
+        text_encoder_2 = _t5_encoder(tokenizer_2, hidden_size=32)
+        vae = _vae()
+    # As from_pretrained would return them: without dropout.
+    for module in (transformer, text_encoder, text_encoder_2, vae):
+        module.eval()
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            shift=3.0 if dynamic_shifting else 1.0, use_dynamic_shifting=dynamic_shifting
+        ),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2,
+        transformer=transformer,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_sd3_pipeline(seed: int = 0, dynamic_shifting: bool = False) -> StableDiffusion3Pipeline:
+    """A Stable Diffusion 3.5 pipeline in small (query-key norm, a block of dual attention), float32, on the CPU.
+
+    Args:
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights. The global generator is left as it was.
+        dynamic_shifting (`bool`, *optional*, defaults to `False`):
+            Whether the schedule shifts with the resolution. The published models use a fixed shift of 3.
+    """
+    tokenizer, tokenizer_2, tokenizer_3 = clip_tokenizer(), clip_tokenizer(), t5_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=64,
+            caption_projection_dim=32,
+            pooled_projection_dim=64,
+            pos_embed_max_size=8,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        )
+        text_encoder = CLIPTextModelWithProjection(_clip_text_config(tokenizer))
+        text_encoder_2 = CLIPTextModelWithProjection(_clip_text_config(tokenizer_2))
+        text_encoder_3 = _t5_encoder(tokenizer_3, hidden_size=64)
+        vae = _vae()
+    # As from_pretrained would return them: without dropout.
+    for module in (transformer, text_encoder, text_encoder_2, text_encoder_3, vae):
+        module.eval()
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic_shifting),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2,
+        text_encoder_3=text_encoder_3,
+        tokenizer_3=tokenizer_3,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

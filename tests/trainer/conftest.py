@@ -1,0 +1,92 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A small run of the trainer, on tiny models."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tiny_models import tiny_flux_pipeline, tiny_sd3_pipeline
+
+from trl_diffusion import ChunkGRPOConfig, ChunkGRPOTrainer
+
+
+PROMPTS = ["a cat", "a dog", "a bird", "a fish", "a house on a hill", "rain"]
+PIPELINES = {"flux": tiny_flux_pipeline, "sd3": tiny_sd3_pipeline}
+
+
+def redness(images, prompts, **columns):
+    """Mean of the red channel: the images of a group differ in it."""
+    return [float(image.resize((1, 1)).getpixel((0, 0))[0]) / 255 for image in images]
+
+
+@pytest.fixture
+def train_dataset():
+    return Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
+
+
+@pytest.fixture
+def make_trainer(tmp_path, train_dataset):
+    """Builds a trainer of a tiny model; keyword arguments are settings, and some of the trainer's own."""
+
+    def make(family="flux", reward_funcs=redness, **settings):
+        arguments = {
+            name: settings.pop(name)
+            for name in ("peft_config", "watch_reward_funcs", "eval_dataset", "callbacks", "train_dataset", "model")
+            if name in settings
+        }
+        if "peft_config" not in arguments:
+            # B away from zero, so that the adapter does something from the first step on.
+            arguments["peft_config"] = LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_v"])
+        defaults = {
+            "output_dir": str(tmp_path / "out"),
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "num_generations": 4,
+            "num_inference_steps": 6,
+            "chunk_sizes": [2, 3],
+            "height": 32,
+            "width": 32,
+            "max_steps": 2,
+            "learning_rate": 1e-2,
+            "save_strategy": "no",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "cache_prompt_embeds": False,
+        }
+        config = ChunkGRPOConfig(**{**defaults, **settings})
+        arguments.setdefault("train_dataset", train_dataset)
+        model = arguments.pop("model", None) or PIPELINES[family](seed=0)
+        return ChunkGRPOTrainer(model, reward_funcs, config, **arguments)
+
+    return make
+
+
+def trainable(trainer):
+    """Copies of the trained weights, by name."""
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def gradients(trainer, micro_batch):
+    """Gradients of the trained weights by one micro-batch, in float64."""
+    trainer.model.zero_grad()
+    trainer.model.train()
+    for term in trainer.loss_terms(trainer.model, micro_batch):
+        term().backward()
+    return torch.cat([p.grad.flatten().double() for p in trainer.model.parameters() if p.requires_grad])

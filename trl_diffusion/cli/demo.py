@@ -1,0 +1,399 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""`trl-diffusion demo chunk_grpo`: the embedded FLUX is aligned on this machine, measured before and after."""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..trainer.chunk_grpo_config import ChunkGRPOConfig
+
+
+REWARD = "attribute_share"  # the judge's share of right attributes: what is trained
+MEASURE = "all_attributes"  # every attribute right: what counts, on prompts that were not trained
+WATCHED = "shapes-clip"  # measured during training, never trained
+STYLE_MEASURES = ("contrast", "sharpness")
+
+# The settings of the demo, in one place.
+CONFIG = {
+    "height": 32,
+    "width": 32,
+    "num_inference_steps": 10,  # = T
+    "guidance_scale": 3.5,
+    "sigma_shift": 3.0,
+    "sde_type": "flow",
+    "eta": 0.7,
+    "num_generations": 8,  # = G
+    "per_device_train_batch_size": 48,  # 6 prompts x 8 images, one optimizer step each: strictly on-policy
+    "gradient_accumulation_steps": 1,
+    "chunk_sizes": [1, 2, 2, 4],
+    "chunk_fraction": 0.5,
+    "max_steps": 100,
+    "learning_rate": 4e-4,
+    "lr_scheduler_type": "constant",
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "gradient_checkpointing": False,
+    "cache_prompt_embeds": False,
+    "log_samples": False,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+}
+LORA = {
+    "r": 16,
+    "lora_alpha": 16,
+    "target_modules": [
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+        "proj_mlp",
+        "proj_out",
+    ],
+}
+
+REPORT_EVERY = 5  # steps between two lines of the reward
+SMOOTHING = 10  # steps of the moving average in the curve
+NUM_RESAMPLES = 2000
+NUM_SHOWN = 8
+SCALE = 8  # pictures of 32x32 pixels are too small to be looked at
+
+
+def demo_config(output_dir: str, seed: int = 0, max_steps: int | None = None) -> "ChunkGRPOConfig":
+    """The training settings of the demo."""
+    from ..trainer.chunk_grpo_config import ChunkGRPOConfig
+
+    settings = dict(CONFIG)
+    if max_steps is not None:
+        settings["max_steps"] = max_steps
+    return ChunkGRPOConfig(output_dir=output_dir, seed=seed, **settings)
+
+
+def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """
+    Mean and 95 % confidence interval by the percentile bootstrap over images (Efron and Tibshirani, An Introduction to
+    the Bootstrap, 1993, chapter 13), with `NUM_RESAMPLES` resamples.
+
+    Args:
+        values (`np.ndarray`):
+            One number an image, shape (N,).
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the resampling.
+
+    Returns:
+        `tuple[float, float, float]`: mean, lower and upper end.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    rows = np.random.default_rng(seed).integers(len(values), size=(NUM_RESAMPLES, len(values)))
+    low, high = np.quantile(values[rows].mean(axis=1), [0.025, 0.975])
+    return float(values.mean()), float(low), float(high)
+
+
+def measure(images: "torch.Tensor", prompts: list[str]) -> dict[str, np.ndarray]:
+    """Every measure of the embedded world, one number an image: the judge's and the watched reward."""
+    from .. import shapes
+    from ..rewards import load_reward, score_images
+
+    judged = shapes.judge(images, prompts)
+    measures = {REWARD: judged.pop("attributes"), MEASURE: judged.pop(MEASURE), **judged}
+    measures[WATCHED] = score_images(load_reward(WATCHED), images, prompts).cpu().numpy()
+    return measures
+
+
+def summarise(base: dict[str, np.ndarray], aligned: dict[str, np.ndarray]) -> dict[str, dict[str, dict[str, float]]]:
+    """
+    Mean and confidence interval of each measure for both models, and of the change. The change is of pairs: both models
+    drew the same prompts from the same noise.
+    """
+
+    def intervals(measures: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+        return {
+            name: dict(zip(("mean", "low", "high"), bootstrap_interval(values), strict=True))
+            for name, values in measures.items()
+        }
+
+    return {
+        "base": intervals(base),
+        "aligned": intervals(aligned),
+        "change": intervals({name: aligned[name] - base[name] for name in base}),
+    }
+
+
+def format_table(summary: dict[str, dict[str, dict[str, float]]]) -> str:
+    """The summary as text, one measure a line. Shares are in per cent."""
+
+    def cell(name: str, interval: dict[str, float], sign: str = "") -> str:
+        if name in (WATCHED, *STYLE_MEASURES):
+            return "{mean:{s}.3f} ({low:{s}.3f} to {high:{s}.3f})".format(s=sign, **interval)
+        percent = {end: 100 * value for end, value in interval.items()}
+        return "{mean:{s}.1f} % ({low:{s}.1f} to {high:{s}.1f})".format(s=sign, **percent)
+
+    notes = {REWARD: "trained", WATCHED: "watched", **dict.fromkeys(STYLE_MEASURES, "style")}
+    rows = [("measure", "base", "aligned", "change")]
+    for name in summary["base"]:
+        label = f"{name} ({notes[name]})" if name in notes else name
+        cells = (cell(name, summary["base"][name]), cell(name, summary["aligned"][name]))
+        rows.append((label, *cells, cell(name, summary["change"][name], "+")))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * (sum(widths) + 6), *lines[1:]])
+
+
+def plot_reward(curve: list[dict[str, float]], path: Path) -> None:
+    """Writes the training's curve: the reward with its spread, and the watched reward below."""
+    from matplotlib.figure import Figure
+
+    steps = np.array([point["step"] for point in curve])
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    reward = np.array([point["reward"] for point in curve])
+    spread = np.array([point["reward_std"] for point in curve])
+    above.fill_between(
+        steps, reward - spread, reward + spread, color="tab:blue", alpha=0.12, linewidth=0, label="±1 std"
+    )
+    for axes, values, color in (
+        (above, reward, "tab:blue"),
+        (below, np.array([point[WATCHED] for point in curve]), "tab:orange"),
+    ):
+        axes.plot(steps, values, color=color, alpha=0.4, linewidth=1, label="each step")
+        width = min(SMOOTHING, len(values))
+        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
+        axes.plot(steps[width - 1 :], smooth, color=color, linewidth=2, label=f"mean of {width} steps")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right")
+    above.set_title("Reward during training (prompts of the training split, sampled with noise)")
+    above.set_ylabel("share of right attributes")
+    below.set_ylabel(f"{WATCHED}\n(watched, not trained)")
+    below.set_xlabel("optimizer step")
+    figure.savefig(path, dpi=120)
+
+
+def plot_before_after(
+    before: "torch.Tensor", after: "torch.Tensor", prompts: list[str], right: np.ndarray, path: Path
+) -> None:
+    """
+    Writes the pictures of both models in two rows.
+
+    Args:
+        before, after (`torch.Tensor`):
+            Images of shape (N, 3, H, W), in [0, 1].
+        prompts (`list[str]`):
+            Their prompts, as titles.
+        right (`np.ndarray`):
+            Share of right attributes, shape (2, N), written below each picture.
+        path (`Path`):
+            File to write.
+    """
+    import textwrap
+
+    from matplotlib.figure import Figure
+
+    number, _, height, width = before.shape
+    figure = Figure(figsize=(width * SCALE * number / 120 + 1, height * SCALE * 2 / 120 + 1.5), layout="constrained")
+    axes = figure.subplots(2, number, squeeze=False)
+    for row, (label, images) in enumerate((("base", before), ("aligned", after))):
+        for column in range(number):
+            panel = axes[row, column]
+            panel.imshow(images[column].permute(1, 2, 0).float().cpu().numpy(), interpolation="nearest")
+            panel.set_xticks([])
+            panel.set_yticks([])
+            panel.set_xlabel(f"{round(4 * right[row, column])} of 4 right", fontsize=9)
+            if row == 0:
+                panel.set_title("\n".join(textwrap.wrap(prompts[column], 18)), fontsize=10)
+        axes[row, 0].set_ylabel(label, fontsize=13)
+    figure.savefig(path, dpi=120)
+
+
+def run(output_dir: str, seed: int, max_steps: int | None, num_eval_images: int) -> dict[str, Any]:
+    """
+    Runs the demo.
+
+    Args:
+        output_dir (`str`):
+            Folder for the results; created if missing.
+        seed (`int`):
+            Seed of the training. The measured prompts and noises are the same for every seed.
+        max_steps (`int` or `None`):
+            Optimizer steps. `None` takes the demo's setting.
+        num_eval_images (`int`):
+            Images measured before and after.
+
+    Returns:
+        `dict`: what is written to `results.json`.
+    """
+    from peft import LoraConfig
+    from tqdm import tqdm
+    from transformers import ProgressCallback
+
+    from .. import shapes
+    from ..trainer.chunk_grpo_trainer import ChunkGRPOTrainer
+
+    class RewardLine(ProgressCallback):
+        """The progress bar, with a line of the reward every few steps in place of all logged numbers at every step."""
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if state.is_world_process_zero and "reward" in logs and state.global_step % REPORT_EVERY == 0:
+                tqdm.write(
+                    f"step {state.global_step:4d}  reward {logs['reward']:.3f}  std {logs['reward_std']:.3f}  "
+                    f"{WATCHED} {logs[f'watch/{WATCHED}/mean']:.3f}"
+                )
+
+    started = time.perf_counter()
+    config = demo_config(output_dir, seed=seed, max_steps=max_steps)
+    train_dataset, test_dataset = shapes.load_dataset("train"), shapes.load_dataset("test")
+    trainer = ChunkGRPOTrainer(
+        model="shapes",
+        reward_funcs=shapes.attribute_share,
+        args=config,
+        train_dataset=train_dataset,
+        eval_dataset=test_dataset,
+        peft_config=LoraConfig(**LORA),
+        watch_reward_funcs=[WATCHED],
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(RewardLine)
+
+    held_out = list(test_dataset["prompt"])
+    prompts = [held_out[index % len(held_out)] for index in range(num_eval_images)]
+    seeds = list(range(num_eval_images))
+
+    print(f"1/3 Drawing {num_eval_images} images of {len(held_out)} held-out prompts with the base model")
+    before = trainer.generate(prompts, seeds, adapter_fraction=0.0)
+    print(f"2/3 Training for {config.max_steps} steps on {len(train_dataset)} other prompts")
+    trained = trainer.train()
+    print(f"3/3 Drawing the same {num_eval_images} images with the aligned model")
+    after = trainer.generate(prompts, seeds)
+
+    base, aligned = measure(before, prompts), measure(after, prompts)
+    summary = summarise(base, aligned)
+    curve = [
+        {
+            "step": logs["step"],
+            "reward": logs["reward"],
+            "reward_std": logs["reward_std"],
+            WATCHED: logs[f"watch/{WATCHED}/mean"],
+        }
+        for logs in trainer.state.log_history
+        if "reward" in logs
+    ]
+
+    folder = Path(output_dir)
+    trainer.save_model(output_dir)
+    plot_reward(curve, folder / "reward.png")
+    # Spread over the held-out prompts, the first image of each: not chosen by how they look.
+    num_shown = min(NUM_SHOWN, len(held_out), num_eval_images)
+    shown = [index * min(len(held_out), num_eval_images) // num_shown for index in range(num_shown)]
+    plot_before_after(
+        before[shown],
+        after[shown],
+        [prompts[index] for index in shown],
+        np.stack([base[REWARD][shown], aligned[REWARD][shown]]),
+        folder / "before_after.png",
+    )
+    trainer.create_model_card(
+        model_name="FLUX of the shapes world, aligned with Chunk-GRPO",
+        dataset_name="shapes",
+        prompt=held_out[0],
+        metrics={
+            model: {name: tuple(interval.values()) for name, interval in summary[model].items()}
+            for model in ("base", "aligned")
+        },
+        metrics_note=f"Measured on {num_eval_images} images of {len(held_out)} prompts that were not trained; "
+        "bootstrap over images.",
+        images={
+            "before_after.png": "Same prompts and same noise: base above, aligned below.",
+            "reward.png": "Reward during training.",
+        },
+    )
+
+    seconds = time.perf_counter() - started
+    num_images = config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
+    results = {
+        **summary,
+        "seconds": seconds,
+        "images_per_second": num_images / trained.metrics["train_runtime"],
+        "seed": seed,
+        "max_steps": config.max_steps,
+        "num_eval_images": num_eval_images,
+        "reward_curve": curve,
+    }
+    (folder / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+    return results
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="trl-diffusion demo",
+        description="Align a small built-in FLUX on this machine, without a download, and show what changed.",
+    )
+    parser.add_argument("trainer", choices=["chunk_grpo"], help="what to align with")
+    parser.add_argument("--output_dir", default="demo-chunk-grpo", help="folder for the results (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the training (%(default)s)")
+    parser.add_argument("--max_steps", type=positive, default=None, help=f"optimizer steps ({CONFIG['max_steps']})")
+    parser.add_argument(
+        "--num_eval_images",
+        type=positive,
+        default=512,
+        help="images of held-out prompts to measure before and after (%(default)s)",
+    )
+    parsed = parser.parse_args(arguments)
+
+    # Remarks of the libraries about optional parts, which a newcomer can do nothing about.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+    results = run(parsed.output_dir, parsed.seed, parsed.max_steps, parsed.num_eval_images)
+    print(f"\nHeld-out prompts, {parsed.num_eval_images} images each, mean and 95 % confidence interval:\n")
+    print(format_table(results))
+    print(
+        f"\n{results['seconds']:.0f} s in all; {results['images_per_second']:.1f} training images a second.\nWritten:"
+    )
+    folder = Path(parsed.output_dir)
+    for name, what in (
+        ("before_after.png", "the same prompts and noise before and after"),
+        ("reward.png", "the reward during training"),
+        ("README.md", "the model card"),
+        ("pytorch_lora_weights.safetensors", "the LoRA for pipe.load_lora_weights"),
+        ("adapter_model.safetensors", "the LoRA for PEFT"),
+        ("results.json", "all numbers"),
+    ):
+        print(f"  {folder / name}  {what}")
+    return 0

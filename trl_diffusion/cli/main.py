@@ -1,0 +1,66 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The entry point of the command line: it finds the command and hands the remaining arguments to it."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+# Command -> what it does. Each is a module of this package with `main(arguments) -> exit status`; it is imported only
+# when it is called, because the libraries behind it take seconds to load.
+COMMANDS = {
+    "chunk_grpo": "train a text-to-image model with Chunk-GRPO",
+    "demo": "align a small built-in FLUX on this machine and show what changed",
+    "env": "print versions and devices, for reports of bugs",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """
+    Runs `trl-diffusion`.
+
+    Args:
+        arguments (`Sequence[str]`, *optional*):
+            Command line without the program's name. `None` takes `sys.argv`.
+
+    Returns:
+        `int`: exit status, 0 for success.
+    """
+    width = max(map(len, COMMANDS))
+    parser = argparse.ArgumentParser(
+        prog="trl-diffusion",
+        usage="trl-diffusion {" + ",".join(COMMANDS) + "} ...",
+        description="Reinforcement learning for flow-matching text-to-image models.",
+        epilog="commands:\n"
+        + "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
+        + "\n\n'trl-diffusion COMMAND --help' lists the options of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=list(COMMANDS), help="what to do")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="options of the command")
+    parsed = parser.parse_args(arguments)
+
+    if parsed.command == "chunk_grpo":
+        from . import chunk_grpo as command
+    elif parsed.command == "demo":
+        from . import demo as command
+    else:
+        from . import env as command
+    return command.main(parsed.arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

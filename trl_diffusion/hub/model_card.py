@@ -1,0 +1,286 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The model card of a trained adapter or transformer."""
+
+import html
+import json
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+import trl_diffusion
+
+from .adapter import DIFFUSERS_WEIGHTS_NAME
+
+
+# The papers that a card can cite: key -> (arXiv number, title, BibTeX entry).
+PAPERS = {
+    "chunk_grpo": (
+        "2510.21583",
+        "Sample By Step, Optimize By Chunk: Chunk-Level GRPO For Text-to-Image Generation",
+        """@article{luo2025chunkgrpo,
+    title   = {{Sample By Step, Optimize By Chunk: Chunk-Level GRPO For Text-to-Image Generation}},
+    author  = {Yifu Luo and Penghui Du and Bo Li and Sinan Du and Tiantian Zhang and Yongzhe Chang and Kai Wu and Kun Gai and Xueqian Wang},
+    year    = {2025},
+    journal = {arXiv preprint arXiv:2510.21583}
+}""",
+    ),
+    "dance_grpo": (
+        "2505.07818",
+        "DanceGRPO: Unleashing GRPO on Visual Generation",
+        """@article{xue2025dancegrpo,
+    title   = {{DanceGRPO: Unleashing GRPO on Visual Generation}},
+    author  = {Zeyue Xue and Jie Wu and Yu Gao and Fangyuan Kong and Lingting Zhu and Mengzhao Chen and Zhiheng Liu and Wei Liu and Qiushan Guo and Weilin Huang and Ping Luo},
+    year    = {2025},
+    journal = {arXiv preprint arXiv:2505.07818}
+}""",
+    ),
+    "flow_grpo": (
+        "2505.05470",
+        "Flow-GRPO: Training Flow Matching Models via Online RL",
+        """@article{liu2025flowgrpo,
+    title   = {{Flow-GRPO: Training Flow Matching Models via Online RL}},
+    author  = {Jie Liu and Gongye Liu and Jiajun Liang and Yangguang Li and Jiaheng Liu and Xintao Wang and Pengfei Wan and Di Zhang and Wanli Ouyang},
+    year    = {2025},
+    journal = {arXiv preprint arXiv:2505.05470}
+}""",
+    ),
+}
+
+# The embedded world is addressed by this word instead of a Hub id.
+EMBEDDED_MODEL = "shapes"
+
+_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets")
+
+
+def hub_id(name: str | None) -> str | None:
+    """
+    Returns `name` if it is the id of a repository on the Hub (`"owner/name"`), and `None` if it is anything else, such
+    as a local path: local paths tell nobody anything, and may hold the name of the user.
+
+    The Hub is not asked, so a well-formed id of a repository that does not exist is returned as well.
+    """
+    if name is None or name.count("/") != 1 or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def escape(text: str) -> str:
+    """Escapes text of unknown origin so that it is shown as it is, on one line, in Markdown, HTML and tables."""
+    text = html.escape(" ".join(str(text).split()), quote=True)
+    return re.sub(r"([\\`*_{}\[\]|#~$])", r"\\\1", text)
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, str):
+        # A JSON string is a Python string. A back-quote could end the code block of the card.
+        return json.dumps(" ".join(value.split())).replace("`", "\\u0060")
+    return repr(value)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _usage(
+    pipeline_class: str,
+    base_model: str | None,
+    repository: str,
+    transformer_class: str | None,
+    prompt: str,
+    call_arguments: Mapping[str, Any],
+) -> str:
+    lines = ["import torch"]
+    base = _literal(base_model or "path/to/the/base/model")
+    if transformer_class is not None:
+        lines += [
+            f"from diffusers import {', '.join(sorted([pipeline_class, transformer_class]))}",
+            "",
+            f"transformer = {transformer_class}.from_pretrained(",
+            f'    {_literal(repository)}, subfolder="transformer", torch_dtype=torch.bfloat16',
+            ")",
+            f"pipe = {pipeline_class}.from_pretrained({base}, transformer=transformer, torch_dtype=torch.bfloat16)",
+        ]
+    elif base_model == EMBEDDED_MODEL:
+        lines = ["from trl_diffusion import shapes", "", "pipe = shapes.load_pipeline()"]
+    else:
+        lines += [
+            f"from diffusers import {pipeline_class}",
+            "",
+            f"pipe = {pipeline_class}.from_pretrained({base}, torch_dtype=torch.bfloat16)",
+        ]
+    if transformer_class is None:
+        lines += [f"pipe.load_lora_weights({_literal(repository)}, weight_name={_literal(DIFFUSERS_WEIGHTS_NAME)})"]
+    if base_model != EMBEDDED_MODEL:
+        lines += ['pipe.to("cuda")']
+    arguments = "".join(f", {name}={_literal(value)}" for name, value in call_arguments.items())
+    lines += [f"image = pipe({_literal(prompt)}{arguments}).images[0]"]
+    return "\n".join(lines)
+
+
+def build_model_card(
+    model_name: str,
+    pipeline_class: str,
+    base_model: str | None = None,
+    hub_model_id: str | None = None,
+    dataset_name: str | None = None,
+    trainer_name: str = "ChunkGRPOTrainer",
+    papers: Sequence[str] = ("chunk_grpo",),
+    rewards: Mapping[str, float] | None = None,
+    watched_rewards: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    call_arguments: Mapping[str, Any] | None = None,
+    prompt: str = "a photo of a cat",
+    metrics: Mapping[str, Mapping[str, tuple[float, float, float]]] | None = None,
+    metrics_note: str | None = None,
+    images: Mapping[str, str] | None = None,
+    transformer_class: str | None = None,
+    tags: Sequence[str] = (),
+) -> ModelCard:
+    """
+    Builds the model card of a model that a trainer of this package has trained. Needs no network.
+
+    Names and prompts may hold any characters: they are escaped where they are shown, and quoted in the metadata.
+
+    Args:
+        model_name (`str`):
+            Name of the model, the card's title.
+        pipeline_class (`str`):
+            Name of the pipeline's class, e.g. `"FluxPipeline"`.
+        base_model (`str`, *optional*):
+            What the training started from. Named on the card if it is a Hub id or `"shapes"`; a local path is not.
+        hub_model_id (`str`, *optional*):
+            Repository of the model, `"owner/name"`. `None` shows a placeholder in the usage example.
+        dataset_name (`str`, *optional*):
+            Dataset of the prompts. Named on the card if it is a Hub id or `"shapes"`.
+        trainer_name (`str`, *optional*, defaults to `"ChunkGRPOTrainer"`):
+            Class of the trainer.
+        papers (`Sequence[str]`, *optional*, defaults to `("chunk_grpo",)`):
+            Keys of `PAPERS`: the method first, then what it is built on.
+        rewards (`Mapping[str, float]`, *optional*):
+            Name and weight of each reward that was trained.
+        watched_rewards (`Sequence[str]`, *optional*):
+            Names of the rewards that were measured but not trained.
+        settings (`Mapping[str, Any]`, *optional*):
+            Settings of the training that the card lists. Pass what a reader needs to repeat the training, and no paths.
+        call_arguments (`Mapping[str, Any]`, *optional*):
+            Arguments of the pipeline's call in the usage example, e.g. `{"height": 720, "guidance_scale": 3.5}`.
+        prompt (`str`, *optional*):
+            Prompt of the usage example.
+        metrics (`Mapping`, *optional*):
+            Results, `{"base": {measure: (mean, low, high)}, "aligned": {...}}`, with the same measures in both.
+        metrics_note (`str`, *optional*):
+            One sentence below the results: what was measured and how.
+        images (`Mapping[str, str]`, *optional*):
+            Pictures to show: file name, relative to the card, and caption.
+        transformer_class (`str`, *optional*):
+            Name of the transformer's class if the whole transformer was trained; `None` for a LoRA.
+        tags (`Sequence[str]`, *optional*):
+            More tags for the metadata.
+
+    Returns:
+        [`~huggingface_hub.ModelCard`]: the card, to be written with its `save` method.
+
+    Raises:
+        `ValueError`: for an unknown paper, or a picture that is not named by a relative path.
+    """
+    unknown = [paper for paper in papers if paper not in PAPERS]
+    if unknown:
+        raise ValueError(f"papers has {unknown}, which are not known. Choose from {list(PAPERS)}.")
+    for name in images or {}:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name or ":" in name:
+            raise ValueError(f"images has {name!r}, which is no path relative to the card. Pass a file name.")
+
+    base_id = hub_id(base_model)
+    if base_model == EMBEDDED_MODEL:
+        base_text = "the small FLUX model that is part of trl_diffusion"
+    elif base_id is not None:
+        base_text = f"[{escape(base_id)}](https://huggingface.co/{base_id})"
+    else:
+        base_text = f"a local {escape(pipeline_class)} model"
+    dataset_id = hub_id(dataset_name)
+    if dataset_name == EMBEDDED_MODEL:
+        dataset_text = "the prompts of the small world that is part of trl_diffusion"
+    elif dataset_id is not None:
+        dataset_text = f"the prompts of [{escape(dataset_id)}](https://huggingface.co/datasets/{dataset_id})"
+    else:
+        dataset_text = None
+
+    is_lora = transformer_class is None
+    card_data = ModelCardData(
+        base_model=base_id,
+        base_model_relation=None if base_id is None else ("adapter" if is_lora else "finetune"),
+        datasets=None if dataset_id is None else [dataset_id],
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=list(
+            dict.fromkeys(
+                [
+                    "text-to-image",
+                    "diffusers",
+                    *(["lora", "template:sd-lora"] if is_lora else ["diffusers-training"]),
+                    "trl",
+                    "trl_diffusion",
+                    *[paper.replace("_", "-") for paper in papers[:1]],
+                    *tags,
+                ]
+            )
+        ),
+    )
+
+    rows = []
+    if metrics is not None:
+        for measure, base in metrics["base"].items():
+            cells = [escape(measure)]
+            for mean, low, high in (base, metrics["aligned"][measure]):
+                cells.append(f"{_number(mean)} ({_number(low)} to {_number(high)})")
+            rows.append(cells)
+
+    return ModelCard.from_template(
+        card_data,
+        template_str=(files(__package__) / "model_card_template.md").read_text(encoding="utf-8"),
+        title=escape(model_name),
+        kind="LoRA adapter" if is_lora else "fine-tuned transformer",
+        base_text=base_text,
+        dataset_text=dataset_text,
+        trainer_name=escape(trainer_name),
+        papers=[PAPERS[paper] for paper in papers],
+        usage=_usage(
+            pipeline_class=pipeline_class,
+            base_model=base_model if base_model == EMBEDDED_MODEL else base_id,
+            repository=hub_id(hub_model_id) or "path/to/this/folder",
+            transformer_class=transformer_class,
+            prompt=prompt,
+            call_arguments=call_arguments or {},
+        ),
+        images={name.replace(" ", "%20"): escape(caption) for name, caption in (images or {}).items()},
+        metrics=rows,
+        metrics_note=None if metrics_note is None else escape(metrics_note),
+        rewards={escape(name): _number(weight) for name, weight in (rewards or {}).items()},
+        watched_rewards=[escape(name) for name in watched_rewards],
+        settings={escape(name): escape(value) for name, value in (settings or {}).items()},
+        versions={"trl_diffusion": trl_diffusion.__version__, **{name: version(name) for name in _PACKAGES}},
+    )

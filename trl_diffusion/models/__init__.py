@@ -1,0 +1,21 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from .base import FlowModel
+from .flux import FluxFlowModel
+from .loading import FLOW_MODELS, load_flow_model, whole_weights
+from .sd3 import SD3FlowModel
+
+
+__all__ = ["FLOW_MODELS", "FlowModel", "FluxFlowModel", "SD3FlowModel", "load_flow_model", "whole_weights"]

@@ -1,0 +1,113 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import patch_environment
+from diffusers import DiffusionPipeline
+from transformers.integrations import deepspeed
+
+from .. import shapes
+from .base import FlowModel
+from .flux import FluxFlowModel
+from .sd3 import SD3FlowModel
+
+
+FLOW_MODELS: dict[str, type[FlowModel]] = {
+    model_class.pipeline_class.__name__: model_class for model_class in (FluxFlowModel, SD3FlowModel)
+}
+"""The supported families: pipeline class name to [`FlowModel`]."""
+
+
+@contextlib.contextmanager
+def whole_weights() -> Iterator[None]:
+    """
+    Load models whole on every process, whatever the training is sharded with.
+
+    Once training arguments with DeepSpeed ZeRO-3 exist, `from_pretrained` of transformers partitions every model it
+    loads: a frozen one is then left with weights of shape `(0,)`. With FSDP's CPU-efficient loading, only the first
+    process of a machine initialises all of a model. Both switches are off inside this context and restored after it.
+    """
+    # transformers has a public setter and no public getter for the configuration object.
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    config = None if reference is None else reference()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+            yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
+
+
+def load_flow_model(
+    model: str | os.PathLike | DiffusionPipeline, torch_dtype: torch.dtype | None = None, **kwargs: Any
+) -> FlowModel:
+    """
+    Make a [`FlowModel`] of a pipeline.
+
+    An unsupported family or a wrong path is refused before any weights load.
+
+    Args:
+        model (`str`, `os.PathLike` or [`~diffusers.DiffusionPipeline`]):
+            Id of a pipeline on the Hub, path of one saved with `save_pretrained`, `"shapes"` for the embedded world,
+            or a loaded pipeline.
+        torch_dtype (`torch.dtype`, *optional*):
+            Dtype of all weights. By default float32, whatever they were saved in. Not for a loaded pipeline.
+        **kwargs:
+            Passed to the pipeline's `from_pretrained`, as `revision`, `variant` or `quantization_config`. Not for a
+            loaded pipeline.
+
+    Returns:
+        [`FlowModel`]: everything frozen and in eval mode, on the device where it was loaded.
+
+    Raises:
+        `ValueError`: if there is no pipeline at `model`, its family is not supported, or loading arguments are given
+        for a loaded pipeline.
+    """
+    if isinstance(model, DiffusionPipeline):
+        if torch_dtype is not None or kwargs:
+            given = sorted(kwargs) + (["torch_dtype"] if torch_dtype is not None else [])
+            raise ValueError(f"{given} only apply to a model that is still to be loaded, not to a loaded pipeline.")
+        return _family_of(type(model).__name__, model)(model)
+    if model == "shapes":
+        # FluxPipeline takes 128 latents a side for its default whatever it loads; this one draws smaller pictures.
+        flow_model = load_flow_model(shapes.pipeline_path(), torch_dtype, **kwargs)
+        flow_model.pipeline.default_sample_size = shapes.IMAGE_SIZE // flow_model.pipeline.vae_scale_factor
+        return flow_model
+    hub_arguments = {"revision", "token", "cache_dir", "local_files_only", "force_download", "proxies"}
+    try:
+        config = DiffusionPipeline.load_config(model, **{k: v for k, v in kwargs.items() if k in hub_arguments})
+    except OSError as error:
+        raise ValueError(
+            f"No pipeline could be read from {str(model)!r}: {error} Pass the id of a pipeline on the Hub, the path of "
+            f'a folder with a model_index.json, a loaded pipeline, or "shapes". Supported: {", ".join(FLOW_MODELS)}.'
+        ) from error
+    flow_model_class = _family_of(config.get("_class_name"), model)
+    with whole_weights():
+        pipeline = flow_model_class.pipeline_class.from_pretrained(model, torch_dtype=torch_dtype, **kwargs)
+    return flow_model_class(pipeline)
+
+
+def _family_of(pipeline_class_name: str | None, model: object) -> type[FlowModel]:
+    if pipeline_class_name not in FLOW_MODELS:
+        origin = "" if isinstance(model, DiffusionPipeline) else f" of {str(model)!r}"
+        raise ValueError(
+            f"The pipeline class {pipeline_class_name}{origin} is not supported. Supported: {', '.join(FLOW_MODELS)}."
+        )
+    return FLOW_MODELS[pipeline_class_name]
