@@ -21,12 +21,17 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
-    from .trainer import ChunkGRPOConfig, ChunkGRPOTrainer
+    from .trainer import ChunkGRPOConfig, ChunkGRPOTrainer, SRPOConfig, SRPOTrainer
 
 # Imported on demand: `trl_diffusion.shapes` or the command line's help need no trainer.
-_EXPORTS = {"ChunkGRPOConfig": ".trainer", "ChunkGRPOTrainer": ".trainer"}
+_EXPORTS = {
+    "ChunkGRPOConfig": ".trainer",
+    "ChunkGRPOTrainer": ".trainer",
+    "SRPOConfig": ".trainer",
+    "SRPOTrainer": ".trainer",
+}
 
-__all__ = ["ChunkGRPOConfig", "ChunkGRPOTrainer", "__version__"]
+__all__ = ["ChunkGRPOConfig", "ChunkGRPOTrainer", "SRPOConfig", "SRPOTrainer", "__version__"]
 
 
 def __getattr__(name: str):

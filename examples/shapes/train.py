@@ -388,7 +388,7 @@ def interval(values: np.ndarray) -> dict[str, float]:
 
 
 def sample_grid(images: Tensor, columns: int, path: Path, zoom: int = 3) -> None:
-    rows = [torch.cat(list(images[start : start + columns]), dim=2) for start in range(0, len(images), columns)]
+    rows = [torch.cat(list(row), dim=2) for row in images.split(columns) if len(row) == columns]
     pixels = (torch.cat(rows, dim=1).permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
     Image.fromarray(pixels.repeat(zoom, axis=0).repeat(zoom, axis=1)).save(path)
 

@@ -89,10 +89,11 @@ class TestRun:
         assert any((before[name] != weight).any() for name, weight in trainable(trainer).items())
 
     def test_raises_its_reward(self, make_trainer):
-        trainer = make_trainer(max_steps=30, learning_rate=2e-2, chunk_fraction=1.0, lr_scheduler_type="constant")
+        trainer = make_trainer(max_steps=24, learning_rate=5e-2, chunk_fraction=1.0, lr_scheduler_type="constant")
         trainer.train()
         rewards = [log["reward"] for log in trainer.state.log_history if "reward" in log]
-        assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.02
+        # Of an untrained network the images of a group differ by 0.006, so the mean of 40 of them is known to 0.001.
+        assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.008
 
     def test_twice_gives_the_same(self, make_trainer):
         first, second = make_trainer(), make_trainer()
@@ -309,26 +310,21 @@ class TestGradient:
         batch = generation(trainer)[0]
         trainer.model.double()
         trainer.flow.dtype = torch.float64
+        batch.states = {i: latents.double() for i, latents in batch.states.items()}
+        batch.advantages = batch.advantages.double()
         analytic = gradients(trainer, batch)
         parameters = [p for p in trainer.model.parameters() if p.requires_grad]
-        direction = torch.randn(len(analytic), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        start = torch.cat([p.detach().flatten() for p in parameters])
+        direction = torch.randn(len(start), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
         def loss(shift):
-            start = 0
+            torch.nn.utils.vector_to_parameters(start + shift * direction, parameters)
             with torch.no_grad():
-                for p in parameters:
-                    p += shift * direction[start : start + p.numel()].view(p.shape)
-                    start += p.numel()
-                value = sum(term().item() for term in trainer.loss_terms(trainer.model, batch))
-                start = 0
-                for p in parameters:
-                    p -= shift * direction[start : start + p.numel()].view(p.shape)
-                    start += p.numel()
-            return value
+                return sum(term().item() for term in trainer.loss_terms(trainer.model, batch))
 
-        step = 3e-3
-        numeric = (loss(step) - loss(-step)) / (2 * step)
-        assert numeric == pytest.approx((analytic @ direction).item(), rel=0.02)
+        # Norms and embeddings of the network compute in float32 whatever its weights, which bounds the step from below.
+        numeric = (loss(1e-3) - loss(-1e-3)) / 2e-3
+        assert numeric == pytest.approx((analytic @ direction).item(), rel=2e-3)
 
 
 class TestResume:

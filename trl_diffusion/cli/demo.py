@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,8 @@ CONFIG = {
     "logging_steps": 1,
     "save_strategy": "no",
     "report_to": "none",
+    "disable_tqdm": False,
+    "dataloader_pin_memory": False,
 }
 LORA = {
     "r": 16,
@@ -187,7 +190,7 @@ def plot_reward(curve: list[dict[str, float]], path: Path) -> None:
         (below, np.array([point[WATCHED] for point in curve]), "tab:orange"),
     ):
         axes.plot(steps, values, color=color, alpha=0.4, linewidth=1, label="each step")
-        width = min(SMOOTHING, len(values))
+        width = min(SMOOTHING, len(values) // 2 + 1)  # a short run still gets a curve
         smooth = np.convolve(values, np.ones(width) / width, mode="valid")
         axes.plot(steps[width - 1 :], smooth, color=color, linewidth=2, label=f"mean of {width} steps")
         axes.grid(alpha=0.3)
@@ -252,6 +255,8 @@ def run(output_dir: str, seed: int, max_steps: int | None, num_eval_images: int)
     Returns:
         `dict`: what is written to `results.json`.
     """
+    import diffusers
+    import transformers
     from peft import LoraConfig
     from tqdm import tqdm
     from transformers import ProgressCallback
@@ -269,6 +274,8 @@ def run(output_dir: str, seed: int, max_steps: int | None, num_eval_images: int)
                     f"{WATCHED} {logs[f'watch/{WATCHED}/mean']:.3f}"
                 )
 
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     started = time.perf_counter()
     config = demo_config(output_dir, seed=seed, max_steps=max_steps)
     train_dataset, test_dataset = shapes.load_dataset("train"), shapes.load_dataset("test")
@@ -325,6 +332,7 @@ def run(output_dir: str, seed: int, max_steps: int | None, num_eval_images: int)
         model_name="FLUX of the shapes world, aligned with Chunk-GRPO",
         dataset_name="shapes",
         prompt=held_out[0],
+        call_arguments={"max_sequence_length": shapes.MAX_SEQUENCE_LENGTH},
         metrics={
             model: {name: tuple(interval.values()) for name, interval in summary[model].items()}
             for model in ("base", "aligned")
@@ -376,9 +384,10 @@ def main(arguments: Sequence[str]) -> int:
     )
     parsed = parser.parse_args(arguments)
 
-    # Remarks of the libraries about optional parts, which a newcomer can do nothing about.
+    # Remarks of the libraries about optional parts and coming releases, which a newcomer can do nothing about.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
     results = run(parsed.output_dir, parsed.seed, parsed.max_steps, parsed.num_eval_images)
     print(f"\nHeld-out prompts, {parsed.num_eval_images} images each, mean and 95 % confidence interval:\n")

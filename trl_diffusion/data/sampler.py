@@ -101,3 +101,63 @@ class GroupSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return self.num_prompts // self.prompts_per_batch * self.repeats * len(self.layout)
+
+
+class BucketSampler(Sampler[int]):
+    r"""
+    Each row once an epoch, in batches that come from one bucket, e.g. of images of one size.
+
+    A batch is `num_processes * batch_size` rows, of which the data loader hands `batch_size` to each process: all
+    processes work on one bucket at a time. The rows of a bucket that do not fill a batch wait for the next epoch, which
+    shuffles anew.
+
+    The order of an epoch depends on `seed` and the epoch alone, so a resumed run goes on where the first one stopped.
+
+    Args:
+        bucket_of_row (`list[int]`): bucket of each row of the dataset.
+        batch_size (`int`): rows of a micro-batch on one process.
+        num_processes (`int`): processes.
+        seed (`int`): of the order.
+
+    Raises:
+        `ValueError`: no bucket has enough rows for a batch.
+
+    Example: two buckets of three rows, batches of two.
+
+    ```python
+    >>> sampler = BucketSampler([0, 1, 0, 1, 0, 1], batch_size=2, num_processes=1, seed=0)
+    >>> len(sampler), [row % 2 for row in sampler]
+    (4, [0, 0, 1, 1])
+    ```
+    """
+
+    def __init__(self, bucket_of_row: list[int], batch_size: int, num_processes: int, seed: int):
+        self.batch_size = num_processes * batch_size
+        self.seed = seed
+        self.epoch = 0
+        self.buckets: dict[int, list[int]] = {}
+        for row, bucket in enumerate(bucket_of_row):
+            self.buckets.setdefault(bucket, []).append(row)
+        if len(self) == 0:
+            sizes = sorted((len(rows) for rows in self.buckets.values()), reverse=True)
+            kinds = "" if len(sizes) == 1 else f" in {len(sizes)} aspect buckets of {sizes} rows"
+            raise ValueError(
+                f"The dataset has {len(bucket_of_row)} rows{kinds}, which do not fill one batch of {self.batch_size} "
+                f"({batch_size} x {num_processes} processes). Add rows or lower per_device_train_batch_size."
+            )
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        batches = []
+        for _, rows in sorted(self.buckets.items()):
+            order = torch.randperm(len(rows), generator=generator).tolist()
+            for start in range(0, len(rows) - self.batch_size + 1, self.batch_size):
+                batches.append([rows[i] for i in order[start : start + self.batch_size]])
+        for index in torch.randperm(len(batches), generator=generator).tolist():
+            yield from batches[index]
+
+    def __len__(self) -> int:
+        return sum(len(rows) // self.batch_size for rows in self.buckets.values()) * self.batch_size

@@ -22,6 +22,7 @@ from .chunks import (
     temporal_chunk_sizes,
     temporal_chunk_weights,
 )
+from .direct_align import direct_align_pass, interpolate, recover
 from .rollout import Trajectory, rollout
 from .schedule import shifted_schedule
 from .sde import DEFAULT_ETA, TransitionCoefficients, log_prob, step, transition_coefficients, transition_mean
@@ -32,9 +33,12 @@ __all__ = [
     "Trajectory",
     "TransitionCoefficients",
     "chunk_steps",
+    "direct_align_pass",
     "draw_chunks",
     "equal_chunk_sizes",
+    "interpolate",
     "log_prob",
+    "recover",
     "relative_change",
     "rollout",
     "shifted_schedule",

@@ -15,7 +15,7 @@
 """What goes to the Hub: the adapter's files and the model card."""
 
 from .adapter import check_lora_config, save_adapter
-from .model_card import build_model_card
+from .model_card import build_model_card, hub_id
 
 
-__all__ = ["build_model_card", "check_lora_config", "save_adapter"]
+__all__ = ["build_model_card", "check_lora_config", "hub_id", "save_adapter"]

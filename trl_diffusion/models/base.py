@@ -255,7 +255,7 @@ class FlowModel(ABC):
             denoiser (`torch.nn.Module`):
                 [`denoiser`], wrapped or not (PEFT, DDP, FSDP, DeepSpeed).
             latents (`torch.Tensor` of shape `(B, ...)`):
-                Noisy latents.
+                Noisy latents, float32 (or float64, with weights in float64).
             sigma (`torch.Tensor` of shape `()` or `(B,)`):
                 Noise level in [0, 1], the exact one of the schedule, neither rounded nor truncated.
             conditioning (`dict[str, torch.Tensor]`):
@@ -266,7 +266,7 @@ class FlowModel(ABC):
                 Image size in pixels.
 
         Returns:
-            `torch.Tensor` of the shape of `latents`, float32.
+            `torch.Tensor` of the shape and dtype of `latents`.
         """
 
     @staticmethod

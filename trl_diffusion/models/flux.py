@@ -87,7 +87,7 @@ class FluxFlowModel(FlowModel):
             img_ids=self._get_image_ids(height, width, latents.device),
             return_dict=False,
         )[0]
-        return velocity.float()
+        return velocity.to(latents.dtype)
 
     def _get_image_ids(self, height: int, width: int, device: torch.device) -> torch.Tensor:
         """Position of each token, `(N, 3)`; float32, which holds any position exactly."""

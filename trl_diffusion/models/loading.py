@@ -95,8 +95,9 @@ def load_flow_model(
         config = DiffusionPipeline.load_config(model, **{k: v for k, v in kwargs.items() if k in hub_arguments})
     except OSError as error:
         raise ValueError(
-            f"No pipeline could be read from {str(model)!r}: {error} Pass the id of a pipeline on the Hub, the path of "
-            f'a folder with a model_index.json, a loaded pipeline, or "shapes". Supported: {", ".join(FLOW_MODELS)}.'
+            f"No pipeline could be read from {str(model)!r}: {error} Pass the id of a pipeline on the Hub, the path "
+            f'of a folder with a model_index.json, a loaded pipeline, or "shapes". '
+            f"Supported: {', '.join(FLOW_MODELS)}."
         ) from error
     flow_model_class = _family_of(config.get("_class_name"), model)
     with whole_weights():

@@ -103,7 +103,7 @@ class SD3FlowModel(FlowModel):
             encoder_hidden_states=prompt_embeds,
             pooled_projections=pooled_prompt_embeds,
             return_dict=False,
-        )[0].float()
+        )[0].to(latents.dtype)
         if guided:
             unconditional, conditional = velocity.chunk(2)
             velocity = unconditional + guidance_scale * (conditional - unconditional)

@@ -27,6 +27,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .preprocessing import to_tensor
+
 
 class RewardModel(nn.Module):
     """
@@ -174,6 +176,56 @@ def score_images(
         dtype=torch.float32,
         device=images.device,
     )
+
+
+def score_pictures(
+    reward: Reward,
+    pictures: list[Image.Image],
+    prompts: list[str],
+    columns: dict[str, list[Any]] | None = None,
+    device: torch.device | str = "cpu",
+    batch_size: int = 32,
+) -> list[float | None]:
+    """
+    As [`score_images`], for PIL images, which may be of several sizes and modes.
+
+    Args:
+        reward (`RewardModel` or `Callable`): see [`RewardModel`]; a model on `device`.
+        pictures (`list[PIL.Image]`): see [`~rewards.preprocessing.to_rgb`] for other modes than RGB.
+        prompts (`list[str]`): one a picture.
+        columns (`dict[str, list]`, *optional*): further columns, for black-box rewards.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where a reward model is.
+        batch_size (`int`, *optional*, defaults to `32`): pictures that are scored together, at most.
+
+    Returns:
+        `list[float | None]`: None where the reward does not apply.
+
+    Raises:
+        As [`score_images`]; `ValueError`: no pictures, or another number of prompts or column values.
+    """
+    columns = columns or {}
+    for name, values in {"prompts": prompts, **columns}.items():
+        if len(values) != len(pictures):
+            raise ValueError(f"Got {len(values)} {name} for {len(pictures)} images. Give one an image.")
+    if not pictures:
+        raise ValueError("There are no images to score. Give at least one image.")
+    scores: list[float | None] = [None] * len(pictures)
+    rows_of_size: dict[tuple[int, int], list[int]] = {}
+    for row, picture in enumerate(pictures):
+        rows_of_size.setdefault(picture.size, []).append(row)
+    batches = [
+        rows[start : start + batch_size] for rows in rows_of_size.values() for start in range(0, len(rows), batch_size)
+    ]
+    for rows in batches:
+        values = score_images(
+            reward,
+            to_tensor([pictures[row] for row in rows]).to(device),
+            [prompts[row] for row in rows],
+            {name: [values[row] for row in rows] for name, values in columns.items()},
+        ).tolist()
+        for row, value in zip(rows, values, strict=True):
+            scores[row] = None if math.isnan(value) else value
+    return scores
 
 
 def _checked_score(score: Any, name: str, prompt: str) -> float:

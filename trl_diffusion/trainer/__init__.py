@@ -18,6 +18,15 @@ from .base_config import DiffusionConfig
 from .base_trainer import DiffusionTrainer
 from .chunk_grpo_config import ChunkGRPOConfig
 from .chunk_grpo_trainer import ChunkGRPOTrainer
+from .srpo_config import SRPOConfig
+from .srpo_trainer import SRPOTrainer
 
 
-__all__ = ["ChunkGRPOConfig", "ChunkGRPOTrainer", "DiffusionConfig", "DiffusionTrainer"]
+__all__ = [
+    "ChunkGRPOConfig",
+    "ChunkGRPOTrainer",
+    "DiffusionConfig",
+    "DiffusionTrainer",
+    "SRPOConfig",
+    "SRPOTrainer",
+]

@@ -22,6 +22,7 @@ import time
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +37,20 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import load_torch_model, save_torch_state_dict
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
 from transformers.utils import logging
 
 from ..data.prompt_cache import PromptCache
 from ..data.prompts import check_prompts
+from ..data.sampler import GroupSampler
 from ..flow import rollout, shifted_schedule, transition_coefficients
-from ..hub import check_lora_config, save_adapter
+from ..hub import build_model_card, check_lora_config, hub_id, save_adapter
 from ..models import load_flow_model, whole_weights
 from ..rewards import Reward, check_reward, load_rewards, score_images
 from .base_config import DiffusionConfig
-from .callbacks import SampleImagesCallback
+from .callbacks import EpochCallback, SampleImagesCallback, Samples
 
 
 logger = logging.get_logger(__name__)
@@ -79,8 +81,9 @@ class DiffusionTrainer(Trainer):
     A subclass defines [`loss_terms`] and usually `_prepare_inputs`. See [`ChunkGRPOTrainer`] for the arguments.
     """
 
-    _tag_names = ["trl", "trl_diffusion"]
     _name: str
+    # Keys of `trl_diffusion.hub.model_card.PAPERS`, the method's first.
+    _papers: tuple[str, ...]
     config_class: type[DiffusionConfig]
     # `training_step` is our own and divides by the accumulation itself.
     loss_is_scaled_for_ga = True
@@ -122,7 +125,8 @@ class DiffusionTrainer(Trainer):
                 f"peft_config must be a peft.LoraConfig, None (LoRA on the attention layers) or False (full "
                 f"fine-tuning), got {peft_config!r}."
             )
-        self._check_before_loading(args, train_dataset)
+        self._check_before_loading(args, train_dataset, reward_specs)
+        self._sampler = self._make_sampler(args, train_dataset)
         if args.should_save:
             _check_writable(args.output_dir)
 
@@ -164,6 +168,7 @@ class DiffusionTrainer(Trainer):
             if peft_config is None:
                 peft_config = self._default_peft_config()
             # ZeRO-3 partitions parameters of one dtype; elsewhere the adapter is trained in float32.
+            set_seed(args.seed)  # the adapter's start is random; Trainer sets the seed only later
             network = get_peft_model(denoiser, peft_config, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
 
         if args.sigma_shift is None:
@@ -190,6 +195,9 @@ class DiffusionTrainer(Trainer):
         self.samples_callback = SampleImagesCallback(self.callback_handler)
         if args.log_samples:
             self.add_callback(self.samples_callback)
+        # The data loader does not forward the epoch to a sampler inside accelerate's batch sampler.
+        self.add_callback(EpochCallback(self._sampler))
+        self._micro_step = 0  # micro-batches trained so far
 
     # ---- What a subclass defines ----
 
@@ -206,15 +214,22 @@ class DiffusionTrainer(Trainer):
             inputs: what `_prepare_inputs` returned.
         """
 
-    def _check_before_loading(self, args: DiffusionConfig, train_dataset: Dataset) -> None:
+    @abstractmethod
+    def _make_sampler(self, args: DiffusionConfig, train_dataset: Dataset) -> GroupSampler:
+        """The order of the training rows; made before weights are loaded, so that it can refuse the dataset."""
+
+    def _check_before_loading(
+        self, args: DiffusionConfig, train_dataset: Dataset, reward_specs: list[str | Reward]
+    ) -> None:
         """Checks of a subclass that need no weights."""
 
     def _extra_state(self) -> dict[str, Any]:
         """What a checkpoint must hold beyond the Trainer's own state, as JSON."""
-        return {}
+        return {"micro_step": self._micro_step}
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         """Restore what `_extra_state` gave."""
+        self._micro_step = state["micro_step"]
 
     def _save_process_state(self, folder: str) -> None:
         """Write what each process must keep for itself into the folder of a checkpoint."""
@@ -242,16 +257,38 @@ class DiffusionTrainer(Trainer):
         if self._signature_columns is None:
             self._signature_columns = ["prompt"]
 
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GroupSampler:
+        return self._sampler
+
+    def train(self, *args, **kwargs):
+        self._micro_step = 0
+        return super().train(*args, **kwargs)
+
     # ---- Sampling ----
 
     def velocity(
-        self, model: nn.Module, latents: torch.Tensor, sigma: torch.Tensor, conditioning: dict[str, torch.Tensor]
+        self,
+        model: nn.Module,
+        latents: torch.Tensor,
+        sigma: torch.Tensor,
+        conditioning: dict[str, torch.Tensor],
+        guidance_scale: float | None = None,
+        size: tuple[int, int] | None = None,
     ) -> torch.Tensor:
-        """The one forward of rollout and training: velocity `(B, ...)`, float32, at latents and sigma `(B,)`."""
+        """
+        The one forward of rollout and training: velocity `(B, ...)`, float32, at latents and sigma `(B,)`, at the
+        trainer's guidance and size (height, width) unless others are given.
+        """
+        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        height, width = (self.height, self.width) if size is None else size
         with self.compute_loss_context_manager():
-            return self.flow.velocity(
-                model, latents, sigma, conditioning, self.guidance_scale, self.height, self.width
-            )
+            return self.flow.velocity(model, latents, sigma, conditioning, guidance_scale, height, width)
+
+    def _global_index(self, count: int) -> list[int]:
+        """The place among the images of all processes of each of this process's rows, see [`GroupSampler`]."""
+        size, processes = self.args.per_device_train_batch_size, self.accelerator.num_processes
+        rank = self.accelerator.process_index
+        return [(row // size * processes + rank) * size + row % size for row in range(count)]
 
     def generators(self, *key: int | Sequence[int]) -> list[torch.Generator]:
         """
@@ -275,10 +312,10 @@ class DiffusionTrainer(Trainer):
         return self.flow.draw_noise(len(generators), self.height, self.width, generators, self.args.device)
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images `(B, 3, H, W)` in [0, 1], float32, decoded `rollout_batch_size` at a time."""
-        size = self.rollout_batch_size
-        return torch.cat([self.flow.decode(part, self.height, self.width).float() for part in latents.split(size)])
+    def decode(self, latents: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
+        """Images `(B, 3, H, W)` in [0, 1], float32, without gradient, decoded `rollout_batch_size` at a time."""
+        height, width = (self.height, self.width) if size is None else size
+        return torch.cat([self.flow.decode(part, height, width) for part in latents.split(self.rollout_batch_size)])
 
     @property
     def rollout_batch_size(self) -> int:
@@ -360,6 +397,19 @@ class DiffusionTrainer(Trainer):
             scores.append(torch.cat(parts))
         return torch.stack(scores, 1) if scores else images.new_zeros((len(prompts), 0))
 
+    def _columns(self, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+        """The rows' columns other than the prompt, for black-box rewards."""
+        return {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+
+    def _keep_samples(self, images: torch.Tensor, prompts: list[str], values: dict[str, torch.Tensor]) -> None:
+        """Hand the first images, with one value `(B,)` a name, to the callback that writes them when next logging."""
+        count = self.args.num_samples_to_log
+        self.samples_callback.samples = Samples(
+            images=images[:count].cpu(),
+            prompts=prompts[:count],
+            values={name: column[:count].tolist() for name, column in values.items()},
+        )
+
     # ---- Training step ----
 
     def training_step(
@@ -409,8 +459,8 @@ class DiffusionTrainer(Trainer):
         Score `num_eval_images` images of the evaluation prompts, with the same seeds every time.
 
         Returns:
-            `dict[str, float]`: `{prefix}_reward`, `{prefix}_rewards/{name}/mean` and, for watched rewards,
-            `{prefix}_watch/{name}/mean`.
+            `dict[str, float]`: the means of `{prefix}_reward`, the weighted sum of the rewards, of each reward
+            `{prefix}_rewards/{name}/mean` and of each watched one `{prefix}_watch/{name}/mean`.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         check_prompts(dataset, "eval_dataset")
@@ -426,19 +476,31 @@ class DiffusionTrainer(Trainer):
         local = [self.accelerator.process_index * share + i for i in range(share)]
         rows = [dataset[index % len(dataset)] for index in local]
         prompts = [row["prompt"] for row in rows]
-        columns = {name: [row[name] for row in rows] for name in dataset.column_names if name != "prompt"}
         images = self.generate(prompts, local).to(self.args.device)
-        scores = self.score({**self.rewards, **self.watched_rewards}, images, prompts, columns)
-        scores = self.accelerator.gather(scores)[:total].cpu()
-        metrics = {}
-        for name, column in zip([*self.rewards, *self.watched_rewards], scores.unbind(1), strict=True):
-            kind = "rewards" if name in self.rewards else "watch"
-            metrics[f"{metric_key_prefix}_{kind}/{name}/mean"] = column.nanmean().item()
-        weighted = (scores[:, : len(self.rewards)] * self.reward_weights).nansum(1)
-        metrics[f"{metric_key_prefix}_reward"] = weighted.mean().item()
+        scores = self._evaluation_scores(images, prompts, self._columns(rows))
+        gathered = self.accelerator.gather(torch.stack(list(scores.values()), 1))[:total]
+        metrics = {
+            f"{metric_key_prefix}_{name}": column.nanmean().item()
+            for name, column in zip(scores, gathered.unbind(1), strict=True)
+        }
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _evaluation_scores(
+        self, images: torch.Tensor, prompts: list[str], columns: dict[str, list[Any]]
+    ) -> dict[str, torch.Tensor]:
+        """What an evaluation averages over its images, `(B,)` by name."""
+        scores = self.score(self.rewards, images, prompts, columns)
+        watched = self.score(self.watched_rewards, images, prompts, columns)
+        return {
+            "reward": (scores * self.reward_weights.to(scores.device)).nansum(1),
+            **{f"rewards/{name}/mean": column for name, column in zip(self.rewards, scores.unbind(1), strict=True)},
+            **{
+                f"watch/{name}/mean": column
+                for name, column in zip(self.watched_rewards, watched.unbind(1), strict=True)
+            },
+        }
 
     # ---- Logging ----
 
@@ -483,7 +545,7 @@ class DiffusionTrainer(Trainer):
             return
         output_dir.mkdir(parents=True, exist_ok=True)
         network = self.accelerator.unwrap_model(self.model)
-        base_model = self.model_name if self._is_hub_id else None
+        base_model = hub_id(self.model_name)
         if isinstance(network, PeftModel):
             save_adapter(network, type(self.flow.pipeline), output_dir, state_dict=state_dict, base_model=base_model)
         else:
@@ -494,9 +556,75 @@ class DiffusionTrainer(Trainer):
             )
         torch.save(self.args, output_dir / "training_args.bin")
 
-    @property
-    def _is_hub_id(self) -> bool:
-        return bool(self.model_name) and self.model_name != "shapes" and not Path(self.model_name).exists()
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        **card,
+    ) -> None:
+        """
+        Write the model card `README.md` into `output_dir`.
+
+        Args:
+            model_name (`str`, *optional*):
+                Title; the name of the repository or of the method by default.
+            dataset_name (`str`, *optional*):
+                Dataset of the prompts.
+            tags (`str` or `list[str]`, *optional*):
+                More tags.
+            **card:
+                Passed to [`~trl_diffusion.hub.build_model_card`], as `prompt`, `metrics` or `images`.
+        """
+        if not self.is_world_process_zero():
+            return
+        args = self.args
+        full = not isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+        repository = self.hub_model_id or args.hub_model_id
+        if model_name is None:
+            model_name = self._name if repository is None else repository.rpartition("/")[2]
+        call = {
+            "height": self.height,
+            "width": self.width,
+            "guidance_scale": self.guidance_scale,
+            "num_inference_steps": args.num_inference_steps,
+        }
+        build_model_card(
+            model_name=model_name,
+            pipeline_class=type(self.flow.pipeline).__name__,
+            base_model=self.model_name,
+            hub_model_id=repository,
+            dataset_name=dataset_name,
+            trainer_name=type(self).__name__,
+            papers=self._papers,
+            rewards=dict(zip(self.rewards, self.reward_weights.tolist(), strict=True)),
+            watched_rewards=list(self.watched_rewards),
+            settings=self._card_settings(),
+            call_arguments={**call, **card.pop("call_arguments", {})},
+            prompt=card.pop("prompt", self.train_dataset[0]["prompt"]),
+            transformer_class=type(self.flow.denoiser).__name__ if full else None,
+            tags=[tags] if isinstance(tags, str) else (tags or []),
+            **card,
+        ).save(Path(args.output_dir) / "README.md")
+
+    def _card_settings(self) -> dict[str, Any]:
+        """What a reader needs to repeat the training; no paths."""
+        names = {field.name for field in fields(self.config_class)} - {
+            field.name for field in fields(TrainingArguments)
+        }
+        names |= {
+            "learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size",
+            "gradient_accumulation_steps", "weight_decay", "max_grad_norm", "lr_scheduler_type", "seed", "bf16",
+        }  # fmt: skip
+        values = {name: value for name, value in self.args.to_dict().items() if name in names}
+        values |= {"height": self.height, "width": self.width, "guidance_scale": self.guidance_scale}
+        network = self.accelerator.unwrap_model(self.model)
+        if isinstance(network, PeftModel):
+            config = network.peft_config["default"]
+            values |= {"lora_r": config.r, "lora_alpha": config.lora_alpha}
+        return {name: value for name, value in values.items() if value is not None} | {
+            "num_processes": self.accelerator.num_processes
+        }
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         network = self.accelerator.unwrap_model(self.model if model is None else model)

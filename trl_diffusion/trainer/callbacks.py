@@ -22,9 +22,13 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import CallbackHandler
+from transformers.utils import logging
 
 from ..data.sampler import GroupSampler
 from ..rewards import to_pil
+
+
+logger = logging.get_logger(__name__)
 
 
 class EpochCallback(TrainerCallback):
@@ -103,3 +107,39 @@ class SampleImagesCallback(TrainerCallback):
 
             pairs = zip(pictures, captions, strict=True)
             trackio.log({"samples": [trackio.Image(picture, caption=caption) for picture, caption in pairs]})
+
+
+class RewardHackingCallback(TrainerCallback):
+    """
+    Warns when the trained objective rises while a watched reward falls, evaluation after evaluation.
+
+    Args:
+        patience (`int`): such evaluations in a row before the warning.
+        stop (`bool`): whether to stop the training as well.
+    """
+
+    def __init__(self, patience: int, stop: bool):
+        self.patience = patience
+        self.stop = stop
+        self.previous: dict[str, float] | None = None
+        self.count: dict[str, int] = {}
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics, **kwargs):
+        current = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+        previous, self.previous = self.previous, current
+        if previous is None:
+            return
+        rises = current["objective"] > previous["objective"]
+        for name in current:
+            if not name.startswith("watch/"):
+                continue
+            hacked = rises and current[name] < previous[name]
+            self.count[name] = self.count.get(name, 0) + 1 if hacked else 0
+            if self.count[name] >= self.patience:
+                logger.warning(
+                    f"Reward hacking? At step {state.global_step} the trained objective has risen to "
+                    f"{current['objective']:.4g} while {name} has fallen to {current[name]:.4g}, for "
+                    f"{self.count[name]} evaluations in a row. Stop here, lower learning_rate, or resume from an "
+                    "earlier checkpoint."
+                )
+                control.should_training_stop = control.should_training_stop or self.stop

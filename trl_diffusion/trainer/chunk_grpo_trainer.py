@@ -53,7 +53,6 @@ from ..objectives import (
 )
 from ..rewards import Reward
 from .base_trainer import DiffusionTrainer, LossTerm
-from .callbacks import EpochCallback, Samples
 from .chunk_grpo_config import ChunkGRPOConfig
 
 
@@ -133,12 +132,8 @@ class ChunkGRPOTrainer(DiffusionTrainer):
             Rewards that are logged and not trained, to see reward hacking.
     """
 
-    _tag_names = ["trl", "trl_diffusion", "chunk-grpo"]
     _name = "Chunk-GRPO"
-    _paper = {
-        "title": "Sample By Step, Optimize By Chunk: Chunk-Level GRPO For Text-to-Image Generation",
-        "id": "2510.21583",
-    }
+    _papers = ("chunk_grpo", "dance_grpo", "flow_grpo")
     config_class = ChunkGRPOConfig
 
     def __init__(
@@ -166,13 +161,10 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         self.reference = None
         if args.beta > 0 and not isinstance(self.model, PeftModel):
             self.reference = copy.deepcopy(self.model).requires_grad_(False).eval().to(device)
-        self._micro_step = 0  # micro-batches trained so far
         self._generation: list[MicroBatch] | None = None
-        # The data loader does not forward the epoch to a sampler inside accelerate's batch sampler.
-        self.add_callback(EpochCallback(self._sampler))
 
-    def _check_before_loading(self, args: ChunkGRPOConfig, train_dataset: Dataset) -> None:
-        self._sampler = GroupSampler(
+    def _make_sampler(self, args: ChunkGRPOConfig, train_dataset: Dataset) -> GroupSampler:
+        return GroupSampler(
             len(train_dataset),
             num_generations=args.num_generations,
             batch_size=args.per_device_train_batch_size,
@@ -195,14 +187,6 @@ class ChunkGRPOTrainer(DiffusionTrainer):
             is_training=True,
         )
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GroupSampler:
-        return self._sampler
-
-    def train(self, *args, **kwargs):
-        self._micro_step = 0
-        self._generation = None
-        return super().train(*args, **kwargs)
-
     @property
     def _micro_steps_per_generation(self) -> int:
         return self.args.steps_per_generation * self.args.num_iterations
@@ -220,7 +204,7 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         """Sample, score and compare the images of a generation; returns this process's micro-batches."""
         args = self.args
         prompts = [row["prompt"] for row in rows]
-        columns = {name: [row[name] for row in rows] for name in self.train_dataset.column_names if name != "prompt"}
+        columns = self._columns(rows)
         self.model_wrapped.eval()
         with self.timed("rollout"):
             trajectory, drawn = self._rollout(prompts, generation)
@@ -231,7 +215,9 @@ class ChunkGRPOTrainer(DiffusionTrainer):
             watched = self.score(self.watched_rewards, images, prompts, columns)
         advantages = self._advantages(scores, watched, prompts)
         self._images_since_log += len(prompts)
-        self._keep_samples(images, prompts, scores, watched, advantages)
+        names = [*self.rewards, *self.watched_rewards, "advantage"]
+        values = torch.cat([scores, watched, advantages[:, None]], 1)
+        self._keep_samples(images, prompts, dict(zip(names, values.unbind(1), strict=True)))
 
         size = args.per_device_train_batch_size
         micro_batches = [
@@ -249,12 +235,6 @@ class ChunkGRPOTrainer(DiffusionTrainer):
                 for micro_batch in micro_batches:
                     micro_batch.old_log_probs = self._old_log_probs(micro_batch)
         return micro_batches
-
-    def _global_index(self, count: int) -> list[int]:
-        """The place in the generation batch of all processes of each of this process's rows, see [`GroupSampler`]."""
-        size, processes = self.args.per_device_train_batch_size, self.accelerator.num_processes
-        rank = self.accelerator.process_index
-        return [(row // size * processes + rank) * size + row % size for row in range(count)]
 
     def _rollout(self, prompts: list[str], generation: int) -> tuple[Trajectory, list[list[int]]]:
         """Trajectories of this process's rows, with the states of the transitions that will train, and the chunks."""
@@ -335,22 +315,13 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         metrics["reward"].append(total.nanmean().item())
         metrics["reward_std"].append(group_std.mean().item())
         metrics["frac_reward_zero_std"].append((group_std == 0).float().mean().item())
-        for name, column in zip(self.rewards, rewards.unbind(1), strict=True):
-            metrics[f"rewards/{name}/mean"].append(column.nanmean().item())
-            metrics[f"rewards/{name}/std"].append(column[~column.isnan()].std().item())
-        for name, column in zip(self.watched_rewards, watched.unbind(1), strict=True):
-            metrics[f"watch/{name}/mean"].append(column.nanmean().item())
+        for kind, names, columns in (("rewards", self.rewards, rewards), ("watch", self.watched_rewards, watched)):
+            for name, column in zip(names, columns.unbind(1), strict=True):
+                applicable = column[~column.isnan()]
+                if len(applicable) > 1:
+                    metrics[f"{kind}/{name}/mean"].append(applicable.mean().item())
+                    metrics[f"{kind}/{name}/std"].append(applicable.std().item())
         return advantages.view(-1, processes, size)[:, self.accelerator.process_index].flatten()
-
-    def _keep_samples(self, images, prompts, scores, watched, advantages) -> None:
-        count = self.args.num_samples_to_log
-        columns = torch.cat([scores, watched, advantages[:, None]], 1)[:count].cpu().unbind(1)
-        names = [*self.rewards, *self.watched_rewards, "advantage"]
-        self.samples_callback.samples = Samples(
-            images=images[:count].cpu(),
-            prompts=prompts[:count],
-            values={name: column.tolist() for name, column in zip(names, columns, strict=True)},
-        )
 
     # ---- Objective ----
 
@@ -488,10 +459,10 @@ class ChunkGRPOTrainer(DiffusionTrainer):
     # ---- Saving and resuming ----
 
     def _extra_state(self) -> dict[str, Any]:
-        return {"micro_step": self._micro_step, "chunk_sizes": self.chunk_sizes}
+        return {**super()._extra_state(), "chunk_sizes": self.chunk_sizes}
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
-        self._micro_step = state["micro_step"]
+        super()._load_extra_state(state)
         self.chunk_sizes = state["chunk_sizes"]
 
     def _generation_file(self, folder: str) -> Path:

@@ -1,0 +1,203 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Bad input ends early, with an error that names the value and the remedy."""
+
+import os
+import time
+
+import pytest
+import torch
+from datasets import Dataset
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from peft import LoHaConfig, LoraConfig
+
+from trl_diffusion import ChunkGRPOConfig, ChunkGRPOTrainer
+
+from .conftest import redness
+
+
+def never_loaded(*args, **kwargs):
+    raise AssertionError("weights were loaded")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_generations": 1}, "num_generations must be at least 2, got 1"),
+        ({"num_generations": 3}, r"num_generations \(3\) must divide the generation batch \(8 images"),
+        ({"chunk_sizes": [2, 3, 4]}, "sum to 9, but num_inference_steps=17 has 16 trainable transitions"),
+        ({"chunk_sizes": [0, 16]}, "must all be at least 1"),
+        ({"chunk_sizes": "equal:0"}, "'equal:N' or 'temporal', got 'equal:0'"),
+        ({"chunk_sizes": "temporal", "num_chunks": 9}, "num_chunks=9 chunks of at least min_chunk_size=2"),
+        ({"chunk_sampling": "random"}, "'uniform', 'temporal' or a list of chunk indices, got 'random'"),
+        ({"chunk_sampling": [0, 4]}, "must name distinct chunks among 0 to 3"),
+        ({"chunk_fraction": 0.0}, r"chunk_fraction must lie in \(0, 1\], got 0.0"),
+        ({"sde_type": "ode"}, "sde_type must be one of 'flow', 'dance', 'cps', got 'ode'"),
+        ({"eta": 0.0}, "eta must be above 0, got 0.0"),
+        ({"sde_type": "cps", "eta": 1.5}, "and at most 1, got 1.5"),
+        ({"epsilon": 0.0}, "epsilon must be above 0"),
+        ({"beta": -1.0}, "beta must not be negative"),
+        ({"num_inference_steps": 1}, "num_inference_steps must be at least 2"),
+        ({"sigma_shift": 0.0}, "sigma_shift must be above 0"),
+        ({"shared_noise": "all"}, "shared_noise must be one of 'group', 'none'"),
+        ({"generation_batch_size": 12}, r"\(12\) must be divisible by"),
+        ({"generation_batch_size": 16, "steps_per_generation": 1}, "contradict each other"),
+        ({"num_iterations": 0}, "num_iterations must be at least 1"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size=True is not supported"),
+        ({"height": 0}, "height must be at least 1, got 0"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_settings(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        ChunkGRPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=8, use_cpu=True, **settings)
+
+
+def test_unknown_setting(tmp_path):
+    with pytest.raises(TypeError, match="chunk_size"):
+        ChunkGRPOConfig(output_dir=str(tmp_path), chunk_size=[1])
+
+
+def test_unknown_preset():
+    with pytest.raises(ValueError, match=r"no preset 'grpo'. Choose one of \['chunk_grpo', 'dance_grpo', 'flow_grpo'\]"):
+        ChunkGRPOConfig.preset("grpo")
+
+
+@pytest.mark.parametrize("name", sorted(ChunkGRPOConfig.PRESETS))
+def test_presets_are_valid(name, tmp_path):
+    config = ChunkGRPOConfig.preset(name, output_dir=str(tmp_path), use_cpu=True)
+    # 2 prompts of 12 images a process, two optimizer steps each
+    assert config.generation_batch_size == 24
+    assert config.steps_per_generation == 2 * config.gradient_accumulation_steps
+    assert sum(config.chunk_sizes) == 16
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        ([{"text": "a"}] * 8, ValueError, r"no column 'prompt', only \['text'\].*rename_column"),
+        ([], ValueError, "train_dataset (is empty|has no column)"),
+        ([{"prompt": "a"}, {"prompt": "  "}], ValueError, "Row 1 of train_dataset has an empty prompt '  '"),
+        ([{"prompt": 1}, {"prompt": 2}], TypeError, "Row 0 of train_dataset has the prompt 1 of type int"),
+        ([{"prompt": "a"}, {"prompt": None}], TypeError, "Row 1 of train_dataset has the prompt None"),
+        ([{"prompt": "a"}], ValueError, "has 1 prompts, but a generation needs 2"),
+    ],
+)
+def test_dataset(rows, error, message, make_trainer, monkeypatch):
+    monkeypatch.setattr("trl_diffusion.trainer.base_trainer.load_flow_model", never_loaded)
+    dataset = Dataset.from_list(rows) if rows else Dataset.from_dict({"prompt": []})
+    with pytest.raises(error, match=message):
+        make_trainer(train_dataset=dataset, model="never/loaded")
+
+
+def test_dataset_of_another_kind(make_trainer):
+    with pytest.raises(TypeError, match="must be a datasets.Dataset, got list"):
+        make_trainer(train_dataset=["a cat"])
+    stream = Dataset.from_list([{"prompt": "a"}]).to_iterable_dataset()
+    with pytest.raises(TypeError, match="got IterableDataset"):
+        make_trainer(train_dataset=stream)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"reward_funcs": []}, ValueError, "reward_funcs is empty"),
+        ({"reward_funcs": "nothing"}, ValueError, "Unknown reward 'nothing'"),
+        ({"reward_weights": [1.0, 2.0]}, ValueError, "reward_weights has 2 values for 1 reward functions"),
+        ({"peft_config": True}, TypeError, "peft_config must be a peft.LoraConfig"),
+        ({"peft_config": LoHaConfig()}, ValueError, "LoHaConfig"),
+        ({"peft_config": LoraConfig(task_type="CAUSAL_LM")}, ValueError, "task_type"),
+    ],
+)
+def test_arguments_before_weights(arguments, error, message, make_trainer, monkeypatch):
+    monkeypatch.setattr("trl_diffusion.trainer.base_trainer.load_flow_model", never_loaded)
+    with pytest.raises(error, match=message):
+        make_trainer(model="never/loaded", **arguments)
+
+
+def test_output_dir_that_cannot_be_written(make_trainer, tmp_path):
+    # A file where the folder should be: permissions would not stop a test that runs as root.
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="output_dir .*file.* is not writable"):
+        make_trainer(output_dir=str(tmp_path / "file" / "out"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_output_dir(make_trainer, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(OSError, match="is not writable"):
+        make_trainer(output_dir=str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("size", [{"height": 30}, {"width": 34}])
+def test_size(size, make_trainer):
+    name, value = next(iter(size.items()))
+    with pytest.raises(ValueError, match=f"{name}={value} is not possible"):
+        make_trainer(**size)
+
+
+def test_unsupported_family(make_trainer, tmp_path):
+    unet = UNet2DModel(sample_size=8, block_out_channels=(32,), down_block_types=("DownBlock2D",),
+                       up_block_types=("UpBlock2D",), norm_num_groups=8)  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="DDPMPipeline.*not supported. Supported: FluxPipeline, StableDiffusion3Pipeline"):
+        make_trainer(model=str(tmp_path / "ddpm"))
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("reward", "error", "message"),
+    [
+        (lambda images, prompts, **kw: [1.0], ValueError, "returned 1 scores for 4 images"),
+        (lambda images, prompts, **kw: "good", TypeError, "returned 'good'"),
+        (lambda images, prompts, **kw: [float("inf")] * len(prompts), ValueError, "returned inf for the prompt 'a "),
+        (lambda images, prompts, **kw: 1 / 0, RuntimeError, "raised ZeroDivisionError.*'a "),
+        (lambda images, prompts, **kw: [None] * len(prompts), ValueError, "Every reward of generation 0 is None or NaN"),
+    ],
+    ids=["count", "string", "infinity", "raises", "all-none"],
+)
+def test_rewards(reward, error, message, make_trainer):
+    prompts = Dataset.from_list([{"prompt": f"a {animal}"} for animal in ("cat", "dog")])
+    with pytest.raises(error, match=message):
+        make_trainer(reward_funcs=reward, train_dataset=prompts).train()
+
+
+def test_non_finite_loss_is_not_applied(make_trainer):
+    trainer = make_trainer()
+    generate = trainer._generate
+
+    def broken(rows, generation):
+        micro_batches = generate(rows, generation)
+        micro_batches[1].advantages[0] = float("nan")
+        return micro_batches
+
+    trainer._generate = broken
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    with pytest.raises(FloatingPointError, match="loss is nan at optimizer step 1, term 1 of 1, on the prompts"):
+        trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    assert trainer.state.global_step == 0
+
+
+def test_evaluation_prompts_must_be_known(make_trainer):
+    trainer = make_trainer()
+    with pytest.raises(ValueError, match="evaluation prompt 'unseen' was not among the datasets"):
+        trainer.evaluate(Dataset.from_list([{"prompt": "unseen"}]))
+
+
+def test_black_box_rewards_are_fine_for_grpo(make_trainer):
+    assert isinstance(make_trainer(reward_funcs=redness), ChunkGRPOTrainer)

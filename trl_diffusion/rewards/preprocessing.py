@@ -1,0 +1,173 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Images as reward models take them: checked in one place, resized faithfully and differentiably."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+
+# Decoded and resized images may leave [0, 1] by rounding; [-1, 1] and [0, 255] are mistakes.
+RANGE_TOLERANCE = 1e-3
+
+
+def check_images(images: torch.Tensor) -> None:
+    """
+    Refuse what no reward model can score.
+
+    Args:
+        images (`torch.Tensor`): should be `(B, 3, H, W)`, float, finite, in [0, 1].
+
+    Raises:
+        `TypeError`: no floating-point tensor. `ValueError`: no images, not RGB, NaN or infinite pixels, pixels out of
+        [0, 1].
+    """
+    if not isinstance(images, torch.Tensor) or not images.is_floating_point():
+        kind = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
+        raise TypeError(
+            f"Images must be a float tensor of shape (B, 3, H, W) in [0, 1], got {kind}. Turn 8-bit pictures into one "
+            "with trl_diffusion.rewards.to_tensor."
+        )
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(
+            f"Images must be RGB, of shape (B, 3, H, W), got {tuple(images.shape)}. Repeat the channel of greyscale "
+            "images three times; drop the alpha channel of RGBA images."
+        )
+    if images.numel() == 0:
+        raise ValueError(f"There are no images to score: the shape is {tuple(images.shape)}. Give at least one image.")
+    low, high = (bound.item() for bound in torch.aminmax(images.detach()))
+    if not -RANGE_TOLERANCE <= low <= high <= 1 + RANGE_TOLERANCE:
+        # NaN lands here as well: aminmax hands it on, and it compares false.
+        bad = [
+            index
+            for index, image in enumerate(images.detach())
+            if not ((image >= -RANGE_TOLERANCE) & (image <= 1 + RANGE_TOLERANCE)).all()
+        ]
+        raise ValueError(
+            f"Pixels must be finite and in [0, 1], got {low} to {high} (images {bad} of {len(images)}). NaN means "
+            "that the sampler or the VAE diverged; map [-1, 1] by x / 2 + 0.5 and 8-bit values by x / 255, and clamp."
+        )
+
+
+def check_inputs(images: torch.Tensor, prompts: Sequence[str]) -> None:
+    """
+    As [`check_images`], and one prompt an image.
+
+    Raises:
+        `TypeError`: prompts that are no list of strings. `ValueError`: another number of prompts than images.
+    """
+    check_images(images)
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise TypeError(f"Prompts must be a list of strings, one an image, got {prompts!r}.")
+    if len(prompts) != len(images):
+        raise ValueError(f"Got {len(prompts)} prompts for {len(images)} images. Give one prompt an image.")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """
+    A picture of any mode as RGB: grey levels are repeated, palettes resolved, transparent parts laid on white.
+
+    Raises:
+        `TypeError`: `image` is no PIL image.
+    """
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"Expected a PIL image, got {type(image).__name__}. Open files with PIL.Image.open.")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def to_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
+    """
+    Pictures of one size as a tensor `(B, 3, H, W)`, float32, in [0, 1]; see [`to_rgb`] for other modes than RGB.
+
+    Raises:
+        `ValueError`: no pictures, or pictures of several sizes.
+    """
+    if not images:
+        raise ValueError("There are no images to score. Give at least one image.")
+    pictures = [to_rgb(image) for image in images]
+    sizes = {picture.size for picture in pictures}
+    if len(sizes) > 1:
+        raise ValueError(f"Images of one batch must have one size, got {sorted(sizes)}. Score the sizes one by one.")
+    return torch.from_numpy(np.stack([np.array(picture) for picture in pictures])).permute(0, 3, 1, 2).float() / 255
+
+
+def short_side_to(height: int, width: int, size: int) -> tuple[int, int]:
+    """Height and width with the short side `size`, the long one rounded down, as torchvision and transformers do."""
+    if height <= width:
+        return size, int(size * width / height)
+    return int(size * height / width), size
+
+
+def resize(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Bicubic, antialiased, in one pass and without a clamp, as torchvision resizes float tensors. In float32."""
+    # In bfloat16 there is no such kernel on the CPU.
+    return functional.interpolate(images.float(), (height, width), mode="bicubic", antialias=True)
+
+
+def resize_like_pil(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """
+    Bicubic, antialiased, as PIL resizes 8-bit pictures: first the rows, then the columns, clamped after each.
+
+    Within 1/255 of PIL, which rounds to 8 bits after each pass; one pass without the clamp is off by up to 33/255.
+    """
+    images = resize(images, images.shape[-2], width).clamp(0, 1)
+    return resize(images, height, width).clamp(0, 1)
+
+
+def center_crop(images: torch.Tensor, size: int, rounding: Literal["torchvision", "transformers"]) -> torch.Tensor:
+    """The middle `size` x `size` pixels. Where a margin is odd, torchvision rounds half to even, transformers down."""
+    top, left = (
+        round((extent - size) / 2) if rounding == "torchvision" else (extent - size) // 2
+        for extent in images.shape[-2:]
+    )
+    return images[..., top : top + size, left : left + size]
+
+
+def normalize(
+    images: torch.Tensor, mean: Sequence[float] = OPENAI_CLIP_MEAN, std: Sequence[float] = OPENAI_CLIP_STD
+) -> torch.Tensor:
+    """Mean and deviation of each channel taken out; CLIP's by default."""
+    mean, std = (torch.tensor(values, dtype=torch.float32, device=images.device) for values in (mean, std))
+    return (images.float() - mean[:, None, None]) / std[:, None, None]
+
+
+def clip_pixels(
+    images: torch.Tensor,
+    size: int,
+    rounding: Literal["torchvision", "transformers"],
+    mean: Sequence[float] = OPENAI_CLIP_MEAN,
+    std: Sequence[float] = OPENAI_CLIP_STD,
+) -> torch.Tensor:
+    """
+    CLIP's preprocessing of 8-bit pictures: short side to `size` as PIL does it, middle square, normalised.
+
+    Args:
+        images (`torch.Tensor` of shape `(B, 3, H, W)`): in [0, 1].
+        size (`int`): side of the model's square input.
+        rounding (`str`): whose centre crop, see [`center_crop`].
+
+    Returns:
+        `torch.Tensor` of shape `(B, 3, size, size)`, float32, differentiable.
+    """
+    resized = resize_like_pil(images, *short_side_to(*images.shape[-2:], size))
+    return normalize(center_crop(resized, size, rounding), mean, std)

@@ -1,0 +1,418 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Direct-Align with semantic relative preference: a differentiable reward reaches any noise level in one forward."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from peft import PeftConfig
+from torch import nn
+from transformers import TrainerCallback
+
+from ..data.images import ImageBuckets
+from ..data.sampler import BucketSampler, GroupSampler
+from ..flow import Trajectory, direct_align_pass, interpolate, rollout
+from ..objectives import discount_at, preference_loss, relative_preference
+from ..rewards import Reward, RewardModel
+from ..rewards.pretrained import TwoTowerReward
+from .base_trainer import DiffusionTrainer, LossTerm
+from .callbacks import RewardHackingCallback
+from .srpo_config import SRPOConfig
+
+
+# Streams of random numbers, each with its own seeds.
+_INITIAL_NOISE, _FRESH_NOISE, _LANDINGS, _STEPS = range(3, 7)
+
+
+@dataclass
+class CleanBatch:
+    """
+    Clean images of B prompts, as latents, with the noise to align with.
+
+    Attributes:
+        prompts (`list[str]` of length B): plain prompts.
+        size (`tuple[int, int]`): height and width in pixels.
+        clean (`torch.Tensor` of shape `(B, ...)`): clean latents, float32.
+        noise (`torch.Tensor` of shape `(B, ...)`): noise prior.
+        sigmas (`torch.Tensor` of shape `(L, B)`): noise levels of the L landings.
+        states (`dict[int, torch.Tensor]`): latents `(B, ...)` before the sampling steps that `"refl"` and `"draft"`
+            start from.
+        fresh_noise (`list[torch.Tensor]`): noise of `"draft"`'s re-noisings.
+    """
+
+    prompts: list[str]
+    size: tuple[int, int]
+    clean: torch.Tensor
+    noise: torch.Tensor
+    sigmas: torch.Tensor
+    states: dict[int, torch.Tensor]
+    fresh_noise: list[torch.Tensor]
+
+
+class SRPOTrainer(DiffusionTrainer):
+    """
+    Trainer for [SRPO](https://huggingface.co/papers/2509.06942): Direct-Align with semantic relative preference. A
+    differentiable reward is optimised at any noise level through one forward of the network, without backpropagation
+    through sampling. [ReFL](https://huggingface.co/papers/2304.05977) and
+    [DRaFT](https://huggingface.co/papers/2309.17400) are other estimators on the same trainer.
+
+    ```python
+    from datasets import load_dataset
+    from trl_diffusion import SRPOConfig, SRPOTrainer
+
+    trainer = SRPOTrainer(
+        model="black-forest-labs/FLUX.1-dev",
+        reward_funcs="hpsv2",
+        args=SRPOConfig.preset("srpo_hpsv2", output_dir="flux-srpo"),
+        train_dataset=load_dataset("...", split="train"),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~diffusers.DiffusionPipeline`]):
+            Id or path of a pipeline, `"shapes"` for the embedded world, or a loaded pipeline. A loaded pipeline loses
+            its text encoders once the prompts are encoded.
+        reward_funcs (`str`, [`~trl_diffusion.rewards.RewardModel`], or a list of these):
+            Differentiable rewards to maximise, see [`~trl_diffusion.rewards.load_reward`].
+        args ([`SRPOConfig`], *optional*):
+            Settings.
+        train_dataset (`datasets.Dataset`):
+            Prompts, in a column "prompt". With a column "image" (`datasets.Image`) the images replace the rollout.
+        eval_dataset (`datasets.Dataset`, *optional*):
+            Prompts of the evaluations.
+        callbacks (`list[TrainerCallback]`, *optional*):
+            More callbacks.
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            Optimizer and scheduler to use.
+        peft_config ([`~peft.LoraConfig`] or `False`, *optional*):
+            Adapter; `None` is LoRA on the family's attention layers, `False` full fine-tuning.
+        watch_reward_funcs (as `reward_funcs`, or callables, *optional*):
+            Rewards that are evaluated and not trained. Reward hacking shows in them.
+    """
+
+    _name = "SRPO"
+    _papers = ("srpo",)
+    config_class = SRPOConfig
+
+    def __init__(
+        self,
+        model: str | DiffusionPipeline,
+        reward_funcs: str | RewardModel | list[str | RewardModel],
+        args: SRPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: PeftConfig | bool | None = None,
+        watch_reward_funcs: str | Reward | list[str | Reward] | None = None,
+    ):
+        super().__init__(
+            model, reward_funcs, args, train_dataset, eval_dataset, callbacks, optimizers, peft_config,
+            watch_reward_funcs,
+        )  # fmt: skip
+        args = self.args
+        self._check_differentiable()
+        if args.vae_gradient_checkpointing:
+            self.flow.enable_vae_gradient_checkpointing()
+        if args.vae_slicing:
+            self.flow.vae.enable_slicing()
+        if args.vae_tiling:
+            self.flow.vae.enable_tiling()
+        if args.reward_gradient_checkpointing:
+            for reward in self.rewards.values():
+                reward.enable_gradient_checkpointing()
+        if self.images is not None:
+            self.train_dataset = self.images.dataset
+        self.rollout_guidance_scale = (
+            self.guidance_scale if args.rollout_guidance_scale is None else args.rollout_guidance_scale
+        )
+        if args.estimator == "refl":
+            low, high = args.sigma_range
+            self._refl_steps = [i for i, sigma in enumerate(self.sigmas[:-1].tolist()) if low <= sigma <= high]
+            if not self._refl_steps:
+                raise ValueError(
+                    f"No sampling step lies in sigma_range={args.sigma_range}; the schedule is "
+                    f"{[round(sigma, 4) for sigma in self.sigmas.tolist()]}. Widen sigma_range or raise "
+                    "num_inference_steps."
+                )
+        self.add_callback(RewardHackingCallback(args.hacking_patience, args.stop_on_hacking))
+
+    def _check_before_loading(
+        self, args: SRPOConfig, train_dataset: Dataset, reward_specs: list[str | Reward]
+    ) -> None:
+        for spec in reward_specs:
+            if not isinstance(spec, str | RewardModel):
+                raise TypeError(
+                    f"SRPO needs differentiable rewards, but {spec!r} is a black-box callable. Use a RewardModel or "
+                    "the name of one, or ChunkGRPOTrainer, which takes any reward."
+                )
+        self.images = None
+        if "image" in train_dataset.column_names:
+            self.images = ImageBuckets(train_dataset)
+            if args.estimator != "direct_align":
+                raise ValueError(
+                    f"estimator={args.estimator!r} needs rollouts, but train_dataset has images. Remove the column "
+                    "'image', or use estimator='direct_align'."
+                )
+        elif args.offline_steps is not None:
+            raise ValueError(
+                f"offline_steps={args.offline_steps}, but train_dataset has no column 'image', only "
+                f"{train_dataset.column_names}. Add the images, or leave offline_steps unset."
+            )
+
+    def _make_sampler(self, args: SRPOConfig, train_dataset: Dataset) -> GroupSampler:
+        settings = {
+            "batch_size": args.per_device_train_batch_size,
+            "num_processes": args.world_size,
+            "seed": args.seed if args.data_seed is None else args.data_seed,
+        }
+        if self.images is not None:
+            return BucketSampler(self.images.bucket_of_row, **settings)
+        return GroupSampler(len(train_dataset), num_generations=1, steps=1, repeats=1, **settings)
+
+    def _check_differentiable(self) -> None:
+        """Refuse rewards that no gradient comes through, by asking them for one."""
+        prompt = self.train_dataset[0]["prompt"]
+        for name, reward in self.rewards.items():
+            images = torch.rand(1, 3, 64, 64, device=self.args.device, requires_grad=True)
+            score = reward.score(images, [prompt])
+            gradient = None
+            if score.requires_grad:
+                (gradient,) = torch.autograd.grad(score.sum(), images, allow_unused=True)
+            if gradient is None or not gradient.isfinite().all() or not gradient.any():
+                raise ValueError(
+                    f"The reward {name!r} is not differentiable: its score has no (finite, non-zero) gradient with "
+                    "respect to the image. Do not score under torch.no_grad or through PIL in it, or use "
+                    "ChunkGRPOTrainer, which needs no gradient."
+                )
+
+    # ---- Data ----
+
+    def _prepare_inputs(self, rows: list[dict[str, Any]]) -> CleanBatch:
+        args = self.args
+        index = self._global_index(len(rows))
+        # Images are numbered over the whole run, so that micro-batches of any size draw the same noise.
+        first = self._micro_step * args.per_device_train_batch_size * self.accelerator.num_processes
+        numbers = [first + i for i in index]
+        self._micro_step += 1
+        low, high = args.sigma_range
+        uniform = [torch.rand(args.num_landings, generator=g, device=g.device) for g in self.generators(_LANDINGS, numbers)]
+        sigmas = low + (high - low) * torch.stack(uniform, 1)
+        prompts = [row["prompt"] for row in rows]
+        offline = self.images is not None and (
+            args.offline_steps is None or self.state.global_step < args.offline_steps
+        )
+        if offline:
+            return self._offline_batch(rows, prompts, numbers, sigmas)
+        return self._online_batch(rows, prompts, numbers, sigmas)
+
+    @torch.no_grad()
+    def _offline_batch(self, rows, prompts, numbers, sigmas) -> CleanBatch:
+        """Images of the dataset, encoded, with fresh noise."""
+        size = self.images.size(rows[0], (self.height, self.width), self.flow.latent_downsample)
+        with self.timed("encode"):
+            images = self.images.load(rows, size).to(self.args.device)
+            clean = self.flow.encode_image(images)
+        noise = self.randn(self.generators(_FRESH_NOISE, numbers), clean)
+        self._images_since_log += len(rows)
+        return CleanBatch(prompts, size, clean, noise, sigmas, {}, [])
+
+    def _online_batch(self, rows, prompts, numbers, sigmas) -> CleanBatch:
+        """Images of the current policy, with the noise they were made from."""
+        args = self.args
+        model = self.model_wrapped
+        model.eval()
+        initial = self.draw_initial_noise(self.generators(_INITIAL_NOISE, numbers))
+        steps = self._start_steps()
+        with self.timed("rollout"):
+            trajectories = []
+            for start in range(0, len(prompts), self.rollout_batch_size):
+                part = slice(start, start + self.rollout_batch_size)
+                conditioning = self.prompt_cache.get(prompts[part], args.device)
+
+                def velocity(latents, sigma, step, conditioning=conditioning):
+                    return self.velocity(model, latents, sigma, conditioning, self.rollout_guidance_scale)
+
+                trajectories.append(rollout(velocity, initial[part], self.sigmas, self.euler, keep=steps))
+            trajectory = Trajectory.cat(trajectories)
+        clean = trajectory.clean
+        self._images_since_log += len(rows)
+        self._score_rollout(clean, rows, prompts)
+
+        fresh_generators = self.generators(_FRESH_NOISE, numbers)
+        noise = initial if args.noise_prior == "rollout" else self.randn(fresh_generators, clean)
+        renoisings = args.draft_renoisings - 1 if args.estimator == "draft" else 0
+        fresh_noise = [self.randn(fresh_generators, clean) for _ in range(renoisings)]
+        return CleanBatch(prompts, (self.height, self.width), clean, noise, sigmas, trajectory.states, fresh_noise)
+
+    def _start_steps(self) -> list[int]:
+        """The sampling steps whose states the estimator starts from, the same on every process."""
+        args = self.args
+        if args.estimator == "draft":
+            return [args.num_inference_steps - args.draft_steps]
+        if args.estimator == "refl":
+            # One draw an optimizer step: its micro-batches are one batch, however it is cut.
+            (generator,) = self.generators(_STEPS, [self.state.global_step])
+            drawn = torch.randint(len(self._refl_steps), (args.num_landings,), generator=generator, device=generator.device)
+            return [self._refl_steps[i] for i in drawn.tolist()]
+        return []
+
+    def _score_rollout(self, clean: torch.Tensor, rows: list[dict[str, Any]], prompts: list[str]) -> None:
+        """Log the rewards of the rollout's images, with their plain prompts."""
+        with self.timed("decode"):
+            images = self.decode(clean)
+        with self.timed("reward"):
+            scores = self.score(self.rewards, images, prompts, self._columns(rows))
+        gathered = self.accelerator.gather(scores)
+        metrics = self._metrics["train"]
+        metrics["reward"].append((gathered * self.reward_weights.to(gathered.device)).sum(1).mean().item())
+        for name, column in zip(self.rewards, gathered.unbind(1), strict=True):
+            metrics[f"rewards/{name}/mean"].append(column.mean().item())
+        self._keep_samples(images, prompts, dict(zip(self.rewards, scores.unbind(1), strict=True)))
+
+    # ---- Objective ----
+
+    def loss_terms(self, model: nn.Module, batch: CleanBatch) -> Sequence[LossTerm]:
+        """One term for each pass: a landing of a branch, a ReFL step, or a DRaFT pass. Memory holds one of them."""
+        args = self.args
+        if args.estimator == "direct_align":
+            passes = [(sigma, branch) for sigma in batch.sigmas for branch in args.branches]
+            return [
+                lambda sigma=sigma, branch=branch: self._align_term(model, batch, sigma, branch, len(passes))
+                for sigma, branch in passes
+            ]
+        if args.estimator == "refl":
+            steps = self._start_steps()
+            return [lambda step=step: self._refl_term(model, batch, step, len(steps)) for step in steps]
+        noises = [None, *batch.fresh_noise]
+        return [lambda noise=noise: self._draft_term(model, batch, noise, len(noises)) for noise in noises]
+
+    def _align_term(
+        self, model: nn.Module, batch: CleanBatch, sigma: torch.Tensor, branch: str, num_passes: int
+    ) -> torch.Tensor:
+        conditioning = self.prompt_cache.get(batch.prompts, batch.clean.device)
+
+        def velocity(latents, sigma_in):
+            return self.velocity(model, latents, sigma_in, conditioning, size=batch.size)
+
+        recovered = direct_align_pass(velocity, batch.clean, batch.noise, sigma, self.args.delta_sigma, branch)
+        return self._preference_term(recovered, batch, sigma, branch) / num_passes
+
+    def _refl_term(self, model: nn.Module, batch: CleanBatch, step: int, num_passes: int) -> torch.Tensor:
+        latents = batch.states[step]
+        sigma = self.sigmas[step].to(latents).expand(len(latents))
+        conditioning = self.prompt_cache.get(batch.prompts, latents.device)
+        predicted = one_step_prediction(latents, self.velocity(model, latents, sigma, conditioning), sigma)
+        return self._preference_term(predicted, batch, sigma, "denoise") / num_passes
+
+    def _draft_term(
+        self, model: nn.Module, batch: CleanBatch, noise: torch.Tensor | None, num_passes: int
+    ) -> torch.Tensor:
+        conditioning = self.prompt_cache.get(batch.prompts, batch.clean.device)
+        start = self.args.num_inference_steps - self.args.draft_steps
+        sigmas = self.sigmas.to(batch.clean)
+        latents = batch.states[start]
+        if noise is not None:
+            latents = interpolate(batch.clean, noise, sigmas[start])
+        for i in range(start, self.args.num_inference_steps):
+            velocity = self.velocity(model, latents, sigmas[i].expand(len(latents)), conditioning)
+            latents = latents + (sigmas[i + 1] - sigmas[i]) * velocity
+        # The discount is that of the clean end.
+        sigma = latents.new_full((len(latents),), self.args.sigma_range[0])
+        return self._preference_term(latents, batch, sigma, "denoise") / num_passes
+
+    def _preference_term(
+        self, recovered: torch.Tensor, batch: CleanBatch, sigma: torch.Tensor, branch: str
+    ) -> torch.Tensor:
+        """Loss of a pass: the rewards' preference for the recovered images, averaged over the batch."""
+        args = self.args
+        images = self.flow.decode(recovered, *batch.size)
+        discount = discount_at(
+            sigma, args.sigma_range, args.denoise_discount if branch == "denoise" else args.inversion_discount
+        )
+        loss = recovered.new_zeros(())
+        values = {}
+        for (name, reward), weight in zip(self.rewards.items(), self.reward_weights.tolist(), strict=True):
+            prompt_sets = self._reward_prompts(name, batch.prompts)
+            positive, *negatives = scores_of_prompt_sets(reward, images, prompt_sets)
+            negative = negatives[0] if negatives else None
+            preference = relative_preference(positive, negative, discount, branch, args.preference)
+            loss = loss + weight * preference_loss(preference, args.reward_threshold).mean()
+            values[f"{branch}/{name}/positive"] = positive.mean()
+            if negative is not None:
+                values[f"{branch}/{name}/negative"] = negative.mean()
+                values[f"{branch}/{name}/difference"] = (positive - negative).mean()
+        values[f"{branch}/loss"] = loss
+        values[f"{branch}/recovery_error"] = (recovered - batch.clean).abs().mean()
+        values[f"{branch}/clamped"] = ((images <= 0) | (images >= 1)).float().mean()
+        reduced = self.accelerator.reduce(torch.stack([value.detach() for value in values.values()]), reduction="mean")
+        for name, value in zip(values, reduced.tolist(), strict=True):
+            self._metrics["train"][name].append(value)
+        return loss
+
+    def _reward_prompts(self, reward: str, prompts: list[str]) -> list[list[str]]:
+        """The plain prompts for an absolute preference, else the positive and the negative ones of this step."""
+        args, step = self.args, self.state.global_step
+        if args.preference == "absolute":
+            return [prompts]
+        return [
+            args.control_prompts(words, reward, step, prompts) for words in (args.positive_words, args.negative_words)
+        ]
+
+    def _prompts_of(self, inputs: CleanBatch) -> list[str]:
+        return inputs.prompts
+
+    # ---- Evaluation ----
+
+    @torch.no_grad()
+    def _evaluation_scores(
+        self, images: torch.Tensor, prompts: list[str], columns: dict[str, list[Any]]
+    ) -> dict[str, torch.Tensor]:
+        """As the base trainer's, and what is trained: the mean preference over all control words, without discount."""
+        args = self.args
+        scores = super()._evaluation_scores(images, prompts, columns)
+        objective = torch.zeros_like(scores["reward"])
+        for (name, reward), weight in zip(self.rewards.items(), self.reward_weights.tolist(), strict=True):
+            if args.preference == "absolute":
+                objective += weight * scores[f"rewards/{name}/mean"]
+                continue
+            for sign, words in ((1, args.positive_words), (-1, args.negative_words)):
+                count = len(words[name] if isinstance(words, dict) else words)
+                prompt_sets = [args.control_prompts(words, name, i, prompts) for i in range(count)]
+                for start in range(0, len(prompts), self.rollout_batch_size):
+                    part = slice(start, start + self.rollout_batch_size)
+                    parts = scores_of_prompt_sets(reward, images[part], [prompts_[part] for prompts_ in prompt_sets])
+                    objective[part] += sign * weight * torch.stack(parts).mean(0)
+        return {"objective": objective, **scores}
+
+
+def one_step_prediction(latents: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """ReFL's clean latents `(B, ...)`: one step from sigma `(B,)` to 0, x - sigma v."""
+    return latents - sigma.view((-1,) + (1,) * (latents.ndim - 1)) * velocity
+
+
+def scores_of_prompt_sets(reward: RewardModel, images: torch.Tensor, prompt_sets: list[list[str]]) -> list[torch.Tensor]:
+    """
+    Scores `(B,)` of the same images with each of several lists of B prompts; a two-tower reward sees the images once.
+    """
+    if isinstance(reward, TwoTowerReward):
+        features = reward.encode_images(images)
+        return [reward.score_features(features, reward.encode_texts(prompts)) for prompts in prompt_sets]
+    return [reward.score(images, prompts) for prompts in prompt_sets]
