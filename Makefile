@@ -5,14 +5,15 @@ BIN := $(VENV)/bin
 # Written last, so that an installation that was interrupted is done again.
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo demo-srpo test lint format clean
 
 help:
-	@echo "make demo    align the small built-in FLUX on this machine and write the results to demo-chunk-grpo/"
-	@echo "make test    run the whole test suite"
-	@echo "make lint    check style and formatting"
-	@echo "make format  repair style and formatting"
-	@echo "make clean   remove .venv and build leftovers"
+	@echo "make demo       align the small built-in FLUX on this machine and write the results to demo-chunk-grpo/"
+	@echo "make demo-srpo  the same with SRPO, to demo-srpo/"
+	@echo "make test       run the whole test suite"
+	@echo "make lint       check style and formatting"
+	@echo "make format     repair style and formatting"
+	@echo "make clean      remove .venv and build leftovers"
 
 setup: $(INSTALLED)
 
@@ -24,6 +25,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	$(BIN)/trl-diffusion demo chunk_grpo $(DEMO_ARGS)
+
+demo-srpo: $(INSTALLED)
+	$(BIN)/trl-diffusion demo srpo $(DEMO_ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(TEST_ARGS)

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import clip_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+from transformers import BertTokenizer, CLIPConfig, CLIPModel, CLIPTokenizer, PreTrainedTokenizerFast
 
 from trl_diffusion.rewards.aesthetic import LinearHead
 
@@ -43,7 +43,13 @@ def hpsv2_folder(folder: Path, fixtures: Path = FIXTURES) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({"state_dict": load_file(fixtures / "hpsv2/weights.safetensors")}, folder / "HPS_v2.1_compressed.pt")
     shutil.copy(fixtures / "hpsv2/config.json", folder)
-    clip_tokenizer(77).save_pretrained(folder)
+    # The model's last two tokens begin and end a text, as open_clip's do.
+    size = json.loads((folder / "config.json").read_text())["text"]["vocab_size"]
+    vocab = clip_tokenizer().get_vocab()
+    letters = sorted(token for token in vocab if not token.startswith("<|"))[: size - 2]
+    tokens = [*letters, *(f"unused{index}" for index in range(size - 2 - len(letters)))]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[]).save_pretrained(folder)
     return folder
 
 

@@ -16,7 +16,8 @@ import json
 
 import pytest
 
-from trl_diffusion.cli.chunk_grpo import ChunkGRPOScriptArguments, load_prompts, main, make_parser
+from trl_diffusion.cli.chunk_grpo import main, make_parser
+from trl_diffusion.cli.training import ScriptArguments, load_prompts
 
 
 REQUIRED = ["--model_name_or_path", "m", "--dataset_name", "d", "--reward_funcs", "a", "b"]
@@ -93,10 +94,10 @@ def test_help_can_be_printed(capsys):
 
 def test_lora_arguments():
     arguments = {"model_name_or_path": "m", "dataset_name": "d", "reward_funcs": ["a"]}
-    config = ChunkGRPOScriptArguments(**arguments, lora_r=64, lora_target_modules=["to_q"]).peft_config()
+    config = ScriptArguments(**arguments, lora_r=64, lora_target_modules=["to_q"]).peft_config()
     assert (config.r, config.lora_alpha, config.target_modules, config.task_type) == (64, 64, {"to_q"}, None)
-    assert ChunkGRPOScriptArguments(**arguments, lora_r=64, lora_alpha=128).peft_config().lora_alpha == 128
-    assert ChunkGRPOScriptArguments(**arguments, use_peft=False).peft_config() is False
+    assert ScriptArguments(**arguments, lora_r=64, lora_alpha=128).peft_config().lora_alpha == 128
+    assert ScriptArguments(**arguments, use_peft=False).peft_config() is False
 
 
 PROMPTS = ["a fox", "ein Bär", 'a "quoted", comma']

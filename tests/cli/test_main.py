@@ -26,7 +26,7 @@ def test_help_lists_the_commands(capsys):
         main(["--help"])
     assert exit_.value.code == 0
     printed = capsys.readouterr().out
-    for command in ("chunk_grpo", "demo", "env"):
+    for command in ("chunk_grpo", "demo", "env", "reward-server", "srpo"):
         assert f"\n  {command} " in printed
 
 

@@ -177,3 +177,12 @@ def test_whole_weights_without_deepspeed():
     with whole_weights():
         assert not is_deepspeed_zero3_enabled()
     assert not is_deepspeed_zero3_enabled()
+
+
+@pytest.mark.parametrize("make", [tiny_flux_pipeline, tiny_sd3_pipeline])
+def test_an_impossible_size_is_refused_before_weights_load(make, tmp_path):
+    make().save_pretrained(tmp_path)
+    for weights in tmp_path.rglob("*.safetensors"):
+        weights.unlink()
+    with pytest.raises(ValueError, match="width=30 is not possible .* multiple of 4.*Nearest: 28 and 32"):
+        load_flow_model(tmp_path, size=(None, 30))

@@ -23,6 +23,7 @@ from datasets import Dataset
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
 from tiny_models import tiny_flux_pipeline
+from transformers.trainer_utils import get_last_checkpoint
 
 from trl_diffusion.flow import log_prob, shifted_schedule, transition_coefficients, transition_mean
 from trl_diffusion.rewards import RewardModel
@@ -351,6 +352,43 @@ class TestResume:
             assert torch.equal(weight, trainable(resumed)[name]), name
         rewards = [[log["reward"] for log in t.state.log_history if "reward" in log] for t in (whole, resumed)]
         assert rewards[0] == rewards[1]
+
+
+    def test_a_save_that_fails_leaves_the_last_whole_checkpoint(self, make_trainer, tmp_path):
+        settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "log_samples": False}
+        trainer = make_trainer(**settings)
+        save = trainer._save_process_state
+
+        def fail_at_the_second(folder):
+            if trainer.state.global_step == 4:
+                raise OSError(28, "No space left on device")
+            save(folder)
+
+        trainer._save_process_state = fail_at_the_second
+        with pytest.raises(OSError, match="No space left"):
+            trainer.train()
+        assert get_last_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-2")
+        resumed = make_trainer(**settings)
+        resumed.train(resume_from_checkpoint=True)
+        for name, weight in trainable(trainer).items():
+            assert torch.equal(weight, trainable(resumed)[name]), name
+        assert get_last_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-4")
+        assert not list((tmp_path / "out").glob(".checkpoint*"))
+
+    def test_old_checkpoints_are_deleted_and_the_best_kept(self, make_trainer, tmp_path, train_dataset):
+        trainer = make_trainer(
+            max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=2, eval_strategy="steps", eval_steps=1,
+            metric_for_best_model="reward", greater_is_better=True, load_best_model_at_end=True, num_eval_images=4,
+            eval_dataset=train_dataset,
+        )  # fmt: skip
+        trainer.train()
+        folders = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))
+        assert len(folders) == 2 and "checkpoint-4" in folders
+        evaluations = {log["step"]: log["eval_reward"] for log in trainer.state.log_history if "eval_reward" in log}
+        best = max(evaluations, key=evaluations.get)
+        assert trainer.state.best_model_checkpoint == str(tmp_path / "out" / f"checkpoint-{best}")
+        assert f"checkpoint-{best}" in folders
+        assert trainer.evaluate()["eval_reward"] == pytest.approx(evaluations[best], abs=1e-6)
 
 
 class TestAdapter:

@@ -12,14 +12,19 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""`trl-diffusion demo chunk_grpo`: the embedded FLUX is aligned on this machine, measured before and after."""
+"""
+`trl-diffusion demo`: the embedded FLUX is aligned on this machine, measured before and after.
+
+Here is what the demos share, and the one of Chunk-GRPO; `demo_srpo` has the other.
+"""
 
 import argparse
 import json
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,15 +34,17 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-    from ..trainer.chunk_grpo_config import ChunkGRPOConfig
+    from ..trainer.base_trainer import DiffusionTrainer
 
 
 REWARD = "attribute_share"  # the judge's share of right attributes: what is trained
 MEASURE = "all_attributes"  # every attribute right: what counts, on prompts that were not trained
 WATCHED = "shapes-clip"  # measured during training, never trained
 STYLE_MEASURES = ("contrast", "sharpness")
+PREFERENCE = "preference"  # for sharp pictures over blurred and pale ones: what the SRPO demo trains
+NUMBERS = (WATCHED, PREFERENCE, *STYLE_MEASURES)  # measures that are no shares
 
-# The settings of the demo, in one place.
+# The settings of the Chunk-GRPO demo, in one place.
 CONFIG = {
     "height": 32,
     "width": 32,
@@ -93,14 +100,84 @@ NUM_SHOWN = 8
 SCALE = 8  # pictures of 32x32 pixels are too small to be looked at
 
 
-def demo_config(output_dir: str, seed: int = 0, max_steps: int | None = None) -> "ChunkGRPOConfig":
-    """The training settings of the demo."""
-    from ..trainer.chunk_grpo_config import ChunkGRPOConfig
+class Demo(ABC):
+    """One trainer at work in the embedded world: what it trains, and what is shown of that."""
 
-    settings = dict(CONFIG)
-    if max_steps is not None:
-        settings["max_steps"] = max_steps
-    return ChunkGRPOConfig(output_dir=output_dir, seed=seed, **settings)
+    title: str
+    notes: Mapping[str, str]
+    """What is said of a measure in the table: trained, watched."""
+    has_reference = False
+    """Whether the results are compared with freshly drawn pictures."""
+
+    @abstractmethod
+    def make_trainer(self, **settings: Any) -> "DiffusionTrainer":
+        """The trainer, with the demo's settings and those given."""
+
+    def measure(self, images: "torch.Tensor", prompts: list[str]) -> dict[str, np.ndarray]:
+        """What is measured of the images of held-out prompts, one number an image."""
+        return measure(images, prompts)
+
+    @abstractmethod
+    def progress_line(self, logs: Mapping[str, float]) -> str | None:
+        """What is said of logged numbers while the demo runs, if anything."""
+
+    @abstractmethod
+    def curve(self, log_history: list[dict[str, float]]) -> list[dict[str, float]]:
+        """What is kept of the logged numbers, one point an optimizer step."""
+
+    @abstractmethod
+    def plot(self, curve: list[dict[str, float]], path: Path) -> None:
+        """Writes the curve as a picture."""
+
+    def remarks(self, results: dict[str, Any]) -> list[str]:
+        """What is said below the table."""
+        return []
+
+
+class ChunkGRPODemo(Demo):
+    """The judge's share of right attributes as a black-box reward, `shapes-clip` watched."""
+
+    title = "Chunk-GRPO"
+    notes = {REWARD: "trained", WATCHED: "watched", **dict.fromkeys(STYLE_MEASURES, "style")}
+
+    def make_trainer(self, **settings: Any) -> "DiffusionTrainer":
+        from peft import LoraConfig
+
+        from .. import shapes
+        from ..trainer.chunk_grpo_config import ChunkGRPOConfig
+        from ..trainer.chunk_grpo_trainer import ChunkGRPOTrainer
+
+        return ChunkGRPOTrainer(
+            model="shapes",
+            reward_funcs=shapes.attribute_share,
+            args=ChunkGRPOConfig(**{**CONFIG, **settings}),
+            train_dataset=shapes.load_dataset("train"),
+            eval_dataset=shapes.load_dataset("test"),
+            peft_config=LoraConfig(**LORA),
+            watch_reward_funcs=[WATCHED],
+        )
+
+    def progress_line(self, logs: Mapping[str, float]) -> str | None:
+        if "reward" not in logs:
+            return None
+        return (
+            f"reward {logs['reward']:.3f}  std {logs['reward_std']:.3f}  {WATCHED} {logs[f'watch/{WATCHED}/mean']:.3f}"
+        )
+
+    def curve(self, log_history: list[dict[str, float]]) -> list[dict[str, float]]:
+        return [
+            {
+                "step": logs["step"],
+                "reward": logs["reward"],
+                "reward_std": logs["reward_std"],
+                WATCHED: logs[f"watch/{WATCHED}/mean"],
+            }
+            for logs in log_history
+            if "reward" in logs
+        ]
+
+    def plot(self, curve: list[dict[str, float]], path: Path) -> None:
+        plot_reward(curve, path)
 
 
 def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
@@ -134,10 +211,12 @@ def measure(images: "torch.Tensor", prompts: list[str]) -> dict[str, np.ndarray]
     return measures
 
 
-def summarise(base: dict[str, np.ndarray], aligned: dict[str, np.ndarray]) -> dict[str, dict[str, dict[str, float]]]:
+def summarise(
+    base: dict[str, np.ndarray], aligned: dict[str, np.ndarray], reference: dict[str, np.ndarray] | None = None
+) -> dict[str, dict[str, dict[str, float]]]:
     """
-    Mean and confidence interval of each measure for both models, and of the change. The change is of pairs: both models
-    drew the same prompts from the same noise.
+    Mean and confidence interval of each measure for both models, of the change, and of reference pictures where given.
+    The change is of pairs: both models drew the same prompts from the same noise.
     """
 
     def intervals(measures: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
@@ -146,31 +225,33 @@ def summarise(base: dict[str, np.ndarray], aligned: dict[str, np.ndarray]) -> di
             for name, values in measures.items()
         }
 
-    return {
+    summary = {
         "base": intervals(base),
         "aligned": intervals(aligned),
         "change": intervals({name: aligned[name] - base[name] for name in base}),
     }
+    return summary if reference is None else {**summary, "reference": intervals(reference)}
 
 
-def format_table(summary: dict[str, dict[str, dict[str, float]]]) -> str:
-    """The summary as text, one measure a line. Shares are in per cent."""
+def format_table(
+    summary: dict[str, dict[str, dict[str, float]]], notes: Mapping[str, str] = ChunkGRPODemo.notes
+) -> str:
+    """The summary as text, one measure a line, with what `notes` say of it. Shares are in per cent."""
 
     def cell(name: str, interval: dict[str, float], sign: str = "") -> str:
-        if name in (WATCHED, *STYLE_MEASURES):
+        if name in NUMBERS:
             return "{mean:{s}.3f} ({low:{s}.3f} to {high:{s}.3f})".format(s=sign, **interval)
         percent = {end: 100 * value for end, value in interval.items()}
         return "{mean:{s}.1f} % ({low:{s}.1f} to {high:{s}.1f})".format(s=sign, **percent)
 
-    notes = {REWARD: "trained", WATCHED: "watched", **dict.fromkeys(STYLE_MEASURES, "style")}
-    rows = [("measure", "base", "aligned", "change")]
+    columns = [column for column in ("base", "aligned", "change", "reference") if column in summary]
+    rows = [("measure", *columns)]
     for name in summary["base"]:
         label = f"{name} ({notes[name]})" if name in notes else name
-        cells = (cell(name, summary["base"][name]), cell(name, summary["aligned"][name]))
-        rows.append((label, *cells, cell(name, summary["change"][name], "+")))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        rows.append((label, *[cell(name, summary[c][name], "+" if c == "change" else "") for c in columns]))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(columns) + 1)]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * (sum(widths) + 6), *lines[1:]])
+    return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(columns)), *lines[1:]])
 
 
 def plot_reward(curve: list[dict[str, float]], path: Path) -> None:
@@ -238,86 +319,77 @@ def plot_before_after(
     figure.savefig(path, dpi=120)
 
 
-def run(output_dir: str, seed: int, max_steps: int | None, num_eval_images: int) -> dict[str, Any]:
+def run(
+    demo: Demo,
+    output_dir: str,
+    seed: int = 0,
+    max_steps: int | None = None,
+    num_eval_images: int = 512,
+    learning_rate: float | None = None,
+) -> dict[str, Any]:
     """
-    Runs the demo.
+    Runs a demo.
 
     Args:
+        demo ([`Demo`]):
+            What to train and to show.
         output_dir (`str`):
             Folder for the results; created if missing.
-        seed (`int`):
+        seed (`int`, *optional*, defaults to `0`):
             Seed of the training. The measured prompts and noises are the same for every seed.
-        max_steps (`int` or `None`):
+        max_steps (`int`, *optional*):
             Optimizer steps. `None` takes the demo's setting.
-        num_eval_images (`int`):
+        num_eval_images (`int`, *optional*, defaults to `512`):
             Images measured before and after.
+        learning_rate (`float`, *optional*):
+            Learning rate. `None` takes the demo's setting.
 
     Returns:
         `dict`: what is written to `results.json`.
     """
     import diffusers
     import transformers
-    from peft import LoraConfig
     from tqdm import tqdm
     from transformers import ProgressCallback
 
     from .. import shapes
-    from ..trainer.chunk_grpo_trainer import ChunkGRPOTrainer
 
     class RewardLine(ProgressCallback):
         """The progress bar, with a line of the reward every few steps in place of all logged numbers at every step."""
 
         def on_log(self, args, state, control, logs=None, **kwargs):
-            if state.is_world_process_zero and "reward" in logs and state.global_step % REPORT_EVERY == 0:
-                tqdm.write(
-                    f"step {state.global_step:4d}  reward {logs['reward']:.3f}  std {logs['reward_std']:.3f}  "
-                    f"{WATCHED} {logs[f'watch/{WATCHED}/mean']:.3f}"
-                )
+            line = demo.progress_line(logs)
+            if line is not None and state.is_world_process_zero and state.global_step % REPORT_EVERY == 0:
+                tqdm.write(f"step {state.global_step:4d}  {line}")
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     started = time.perf_counter()
-    config = demo_config(output_dir, seed=seed, max_steps=max_steps)
-    train_dataset, test_dataset = shapes.load_dataset("train"), shapes.load_dataset("test")
-    trainer = ChunkGRPOTrainer(
-        model="shapes",
-        reward_funcs=shapes.attribute_share,
-        args=config,
-        train_dataset=train_dataset,
-        eval_dataset=test_dataset,
-        peft_config=LoraConfig(**LORA),
-        watch_reward_funcs=[WATCHED],
-    )
+    settings = {"output_dir": output_dir, "seed": seed, "max_steps": max_steps, "learning_rate": learning_rate}
+    trainer = demo.make_trainer(**{name: value for name, value in settings.items() if value is not None})
+    config = trainer.args
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(RewardLine)
 
-    held_out = list(test_dataset["prompt"])
+    held_out = list(shapes.load_dataset("test")["prompt"])
     prompts = [held_out[index % len(held_out)] for index in range(num_eval_images)]
     seeds = list(range(num_eval_images))
 
-    print(f"1/3 Drawing {num_eval_images} images of {len(held_out)} held-out prompts with the base model")
+    print(f"1/3 Drawing {num_eval_images} images of {len(set(prompts))} held-out prompts with the base model")
     before = trainer.generate(prompts, seeds, adapter_fraction=0.0)
-    print(f"2/3 Training for {config.max_steps} steps on {len(train_dataset)} other prompts")
+    print(f"2/3 Training for {config.max_steps} steps on {len(trainer.train_dataset)} other prompts")
     trained = trainer.train()
     print(f"3/3 Drawing the same {num_eval_images} images with the aligned model")
     after = trainer.generate(prompts, seeds)
 
-    base, aligned = measure(before, prompts), measure(after, prompts)
-    summary = summarise(base, aligned)
-    curve = [
-        {
-            "step": logs["step"],
-            "reward": logs["reward"],
-            "reward_std": logs["reward_std"],
-            WATCHED: logs[f"watch/{WATCHED}/mean"],
-        }
-        for logs in trainer.state.log_history
-        if "reward" in logs
-    ]
+    base, aligned = demo.measure(before, prompts), demo.measure(after, prompts)
+    reference = demo.measure(shapes.reference(prompts), prompts) if demo.has_reference else None
+    summary = summarise(base, aligned, reference)
+    curve = demo.curve(trainer.state.log_history)
 
     folder = Path(output_dir)
     trainer.save_model(output_dir)
-    plot_reward(curve, folder / "reward.png")
+    demo.plot(curve, folder / "reward.png")
     # Spread over the held-out prompts, the first image of each: not chosen by how they look.
     num_shown = min(NUM_SHOWN, len(held_out), num_eval_images)
     shown = [index * min(len(held_out), num_eval_images) // num_shown for index in range(num_shown)]
@@ -329,7 +401,7 @@ def run(output_dir: str, seed: int, max_steps: int | None, num_eval_images: int)
         folder / "before_after.png",
     )
     trainer.create_model_card(
-        model_name="FLUX of the shapes world, aligned with Chunk-GRPO",
+        model_name=f"FLUX of the shapes world, aligned with {demo.title}",
         dataset_name="shapes",
         prompt=held_out[0],
         call_arguments={"max_sequence_length": shapes.MAX_SEQUENCE_LENGTH},
@@ -337,7 +409,7 @@ def run(output_dir: str, seed: int, max_steps: int | None, num_eval_images: int)
             model: {name: tuple(interval.values()) for name, interval in summary[model].items()}
             for model in ("base", "aligned")
         },
-        metrics_note=f"Measured on {num_eval_images} images of {len(held_out)} prompts that were not trained; "
+        metrics_note=f"Measured on {num_eval_images} images of {len(set(prompts))} prompts that were not trained; "
         "bootstrap over images.",
         images={
             "before_after.png": "Same prompts and same noise: base above, aligned below.",
@@ -346,13 +418,14 @@ def run(output_dir: str, seed: int, max_steps: int | None, num_eval_images: int)
     )
 
     seconds = time.perf_counter() - started
-    num_images = config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
+    num_images = trainer.state.global_step * config.per_device_train_batch_size * config.gradient_accumulation_steps
     results = {
         **summary,
         "seconds": seconds,
         "images_per_second": num_images / trained.metrics["train_runtime"],
         "seed": seed,
-        "max_steps": config.max_steps,
+        "max_steps": trainer.state.global_step,
+        "learning_rate": config.learning_rate,
         "num_eval_images": num_eval_images,
         "reward_curve": curve,
     }
@@ -367,15 +440,29 @@ def positive(text: str) -> int:
     return value
 
 
+def positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, got {value}")
+    return value
+
+
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="trl-diffusion demo",
         description="Align a small built-in FLUX on this machine, without a download, and show what changed.",
     )
-    parser.add_argument("trainer", choices=["chunk_grpo"], help="what to align with")
-    parser.add_argument("--output_dir", default="demo-chunk-grpo", help="folder for the results (%(default)s)")
+    parser.add_argument("trainer", choices=["chunk_grpo", "srpo"], help="what to align with")
+    parser.add_argument("--output_dir", help="folder for the results (demo-chunk-grpo, demo-srpo)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the training (%(default)s)")
-    parser.add_argument("--max_steps", type=positive, default=None, help=f"optimizer steps ({CONFIG['max_steps']})")
+    parser.add_argument("--learning_rate", type=positive_float, help="learning rate (the demo's own)")
+    parser.add_argument(
+        "--preference",
+        choices=["relative", "absolute"],
+        default="relative",
+        help="srpo only: sharp pictures over blurred and pale ones, or the plain prompt (%(default)s)",
+    )
+    parser.add_argument("--max_steps", type=positive, help="optimizer steps (the demo's own)")
     parser.add_argument(
         "--num_eval_images",
         type=positive,
@@ -389,13 +476,24 @@ def main(arguments: Sequence[str]) -> int:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
 
-    results = run(parsed.output_dir, parsed.seed, parsed.max_steps, parsed.num_eval_images)
+    if parsed.trainer == "srpo":
+        from .demo_srpo import SRPODemo
+
+        demo = SRPODemo(parsed.preference)
+    elif parsed.preference != "relative":
+        parser.error(f"--preference {parsed.preference} is for srpo; chunk_grpo compares the images of a prompt.")
+    else:
+        demo = ChunkGRPODemo()
+    output_dir = parsed.output_dir or f"demo-{parsed.trainer.replace('_', '-')}"
+    results = run(demo, output_dir, parsed.seed, parsed.max_steps, parsed.num_eval_images, parsed.learning_rate)
     print(f"\nHeld-out prompts, {parsed.num_eval_images} images each, mean and 95 % confidence interval:\n")
-    print(format_table(results))
+    print(format_table(results, demo.notes))
+    for line in demo.remarks(results):
+        print(f"\n{line}")
     print(
         f"\n{results['seconds']:.0f} s in all; {results['images_per_second']:.1f} training images a second.\nWritten:"
     )
-    folder = Path(parsed.output_dir)
+    folder = Path(output_dir)
     for name, what in (
         ("before_after.png", "the same prompts and noise before and after"),
         ("reward.png", "the reward during training"),

@@ -25,6 +25,8 @@ COMMANDS = {
     "chunk_grpo": "train a text-to-image model with Chunk-GRPO",
     "demo": "align a small built-in FLUX on this machine and show what changed",
     "env": "print versions and devices, for reports of bugs",
+    "reward-server": "serve a reward over HTTP",
+    "srpo": "train a text-to-image model with SRPO",
 }
 
 
@@ -57,6 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from . import chunk_grpo as command
     elif parsed.command == "demo":
         from . import demo as command
+    elif parsed.command == "reward-server":
+        from . import reward_server as command
+    elif parsed.command == "srpo":
+        from . import srpo as command
     else:
         from . import env as command
     return command.main(parsed.arguments)

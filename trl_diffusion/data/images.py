@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Real images to align with: checked before training, sorted into buckets of like aspect, loaded at the training size."""
+"""Real images to align with: checked before training, sorted into aspect buckets, loaded at the training size."""
 
 import math
 from io import BytesIO
@@ -99,7 +99,7 @@ class ImageBuckets:
 
     def load(self, rows: list[dict[str, Any]], size: tuple[int, int]) -> torch.Tensor:
         """
-        Read the images of rows of `dataset`, upright, resized (antialiased) until they cover `size`, the middle of them.
+        Read the images of rows of `dataset`: upright, resized (antialiased) to cover `size`, and centre-cropped.
 
         Args:
             rows (`list[dict]` of length B): rows of `dataset`.
@@ -138,7 +138,9 @@ def _displayed_size(row: int, value: dict[str, Any] | None) -> tuple[int, int]:
     try:
         with _open(value) as image:
             mode, (width, height) = image.mode, image.size
-            on_its_side = image.getexif().get(_ORIENTATION, 1) >= 5
+            # PIL would read all of a PNG to find EXIF data behind the pixels, where it seldom is.
+            has_exif = image.format != "PNG" or "exif" in image.info
+            on_its_side = has_exif and image.getexif().get(_ORIENTATION, 1) >= 5
             # An alpha channel says little, most are opaque: that shows in the pixels.
             transparent = (
                 mode in CONVERTIBLE_MODES
@@ -149,8 +151,8 @@ def _displayed_size(row: int, value: dict[str, Any] | None) -> tuple[int, int]:
         raise ValueError(_unreadable(row, error)) from error
     if mode not in CONVERTIBLE_MODES:
         raise ValueError(
-            f"Row {row} of train_dataset has an image of mode {mode!r}, whose range of values is not known. Rescale it "
-            f"to 8 bits and save it as RGB, or drop the row; {', '.join(CONVERTIBLE_MODES)} can be used."
+            f"Row {row} of train_dataset has an image of mode {mode!r}, whose range of values is not known. Rescale "
+            f"it to 8 bits and save it as RGB, or drop the row; {', '.join(CONVERTIBLE_MODES)} can be used."
         )
     if transparent:
         raise ValueError(
@@ -162,6 +164,6 @@ def _displayed_size(row: int, value: dict[str, Any] | None) -> tuple[int, int]:
 
 def _unreadable(row: int, error: Exception) -> str:
     return (
-        f"The image in row {row} of train_dataset cannot be read: {type(error).__name__}: {error}. Replace the file, or "
-        f"drop the row: dataset.select(i for i in range(len(dataset)) if i != {row})."
+        f"The image in row {row} of train_dataset cannot be read: {type(error).__name__}: {error}. Replace the file, "
+        f"or drop the row: dataset.select(i for i in range(len(dataset)) if i != {row})."
     )

@@ -14,6 +14,7 @@
 
 """The order in which prompts are trained, the same on every process and after a resume."""
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -108,8 +109,8 @@ class BucketSampler(Sampler[int]):
     Each row once an epoch, in batches that come from one bucket, e.g. of images of one size.
 
     A batch is `num_processes * batch_size` rows, of which the data loader hands `batch_size` to each process: all
-    processes work on one bucket at a time. The rows of a bucket that do not fill a batch wait for the next epoch, which
-    shuffles anew.
+    processes work on one bucket at a time. The rows of a bucket that do not fill a batch wait for the next epoch,
+    which shuffles anew.
 
     The order of an epoch depends on `seed` and the epoch alone, so a resumed run goes on where the first one stopped.
 
@@ -151,13 +152,14 @@ class BucketSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        batches = []
-        for _, rows in sorted(self.buckets.items()):
-            order = torch.randperm(len(rows), generator=generator).tolist()
-            for start in range(0, len(rows) - self.batch_size + 1, self.batch_size):
-                batches.append([rows[i] for i in order[start : start + self.batch_size]])
-        for index in torch.randperm(len(batches), generator=generator).tolist():
-            yield from batches[index]
+        shuffled, turns = {}, []
+        for bucket, rows in sorted(self.buckets.items()):
+            shuffled[bucket] = iter([rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()])
+            turns += [bucket] * (len(rows) // self.batch_size)
+        # The buckets take turns at random, each in its own order: with one bucket, the order of the rows does not
+        # depend on the size of batches.
+        for i in torch.randperm(len(turns), generator=generator).tolist():
+            yield from itertools.islice(shuffled[turns[i]], self.batch_size)
 
     def __len__(self) -> int:
         return sum(len(rows) // self.batch_size for rows in self.buckets.values()) * self.batch_size

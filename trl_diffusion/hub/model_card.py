@@ -64,6 +64,36 @@ PAPERS = {
     journal = {arXiv preprint arXiv:2505.05470}
 }""",
     ),
+    "srpo": (
+        "2509.06942",
+        "Directly Aligning the Full Diffusion Trajectory with Fine-Grained Human Preference",
+        """@article{shen2025srpo,
+    title   = {{Directly Aligning the Full Diffusion Trajectory with Fine-Grained Human Preference}},
+    author  = {Xiangwei Shen and Zhimin Li and Zhantao Yang and Shiyi Zhang and Yingfang Zhang and Donghao Li and Chunyu Wang and Qinglin Lu and Yansong Tang},
+    year    = {2025},
+    journal = {arXiv preprint arXiv:2509.06942}
+}""",
+    ),
+    "refl": (
+        "2304.05977",
+        "ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation",
+        """@article{xu2023imagereward,
+    title   = {{ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation}},
+    author  = {Jiazheng Xu and Xiao Liu and Yuchen Wu and Yuxuan Tong and Qinkai Li and Ming Ding and Jie Tang and Yuxiao Dong},
+    year    = {2023},
+    journal = {arXiv preprint arXiv:2304.05977}
+}""",
+    ),
+    "draft": (
+        "2309.17400",
+        "Directly Fine-Tuning Diffusion Models on Differentiable Rewards",
+        """@article{clark2023draft,
+    title   = {{Directly Fine-Tuning Diffusion Models on Differentiable Rewards}},
+    author  = {Kevin Clark and Paul Vicol and Kevin Swersky and David J Fleet},
+    year    = {2023},
+    journal = {arXiv preprint arXiv:2309.17400}
+}""",
+    ),
 }
 
 # The embedded world is addressed by this word instead of a Hub id.
@@ -136,8 +166,8 @@ def _usage(
         lines += [f"pipe.load_lora_weights({_literal(repository)}, weight_name={_literal(DIFFUSERS_WEIGHTS_NAME)})"]
     if base_model != EMBEDDED_MODEL:
         lines += ['pipe.to("cuda")']
-    arguments = "".join(f", {name}={_literal(value)}" for name, value in call_arguments.items())
-    lines += [f"image = pipe({_literal(prompt)}{arguments}).images[0]"]
+    arguments = [_literal(prompt), *(f"{name}={_literal(value)}" for name, value in call_arguments.items())]
+    lines += ["image = pipe(", *(f"    {argument}," for argument in arguments), ").images[0]"]
     return "\n".join(lines)
 
 

@@ -24,6 +24,18 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils.torch_utils import randn_tensor
 
 
+def check_multiple(height: int, width: int, multiple: int, family: str) -> None:
+    """Raise a `ValueError` that names the nearest possible sizes unless both are positive multiples of `multiple`."""
+    for name, value in (("height", height), ("width", width)):
+        lower = max(value // multiple, 1) * multiple
+        if value != lower:
+            nearest = f"{lower} and {lower + multiple}" if value > lower else f"{lower}"
+            raise ValueError(
+                f"{name}={value} is not possible with this {family}: it must be a positive multiple of {multiple}, "
+                f"which is what the VAE and the packing divide by. Nearest: {nearest}."
+            )
+
+
 class FlowModel(ABC):
     """
     What a trainer needs of a text-to-image pipeline: the only seam between pipelines and trainers.
@@ -118,19 +130,12 @@ class FlowModel(ABC):
 
     def check_size(self, height: int, width: int) -> None:
         """Raise a `ValueError` that names the nearest possible sizes unless `height` and `width`, in pixels, are."""
-        multiple, largest = self.latent_downsample, self.max_size
+        check_multiple(height, width, self.latent_downsample, self.pipeline_class.__name__)
         for name, value in (("height", height), ("width", width)):
-            lower = max(value // multiple, 1) * multiple
-            if largest is not None and value > largest:
+            if self.max_size is not None and value > self.max_size:
                 raise ValueError(
                     f"{name}={value} is too large for this {self.pipeline_class.__name__}: its position embedding "
-                    f"ends at {largest} pixels. Use a multiple of {multiple} up to {largest}."
-                )
-            if value != lower:
-                nearest = f"{lower} and {lower + multiple}" if value > lower else f"{lower}"
-                raise ValueError(
-                    f"{name}={value} is not possible with this {self.pipeline_class.__name__}: it must be a positive "
-                    f"multiple of {multiple}, which is what the VAE and the packing divide by. Nearest: {nearest}."
+                    f"ends at {self.max_size} pixels. Use a multiple of {self.latent_downsample} up to {self.max_size}."
                 )
 
     # ------------------------------------------------------------------------------------------------------- prompts
@@ -292,17 +297,17 @@ class FlowModel(ABC):
 
         Args:
             latents (`torch.Tensor` of shape `(B, ...)`):
-                Clean latents, as the network sees them.
+                Clean latents, as the network sees them, float32 (or float64, with a VAE in float64).
             height (`int`), width (`int`):
                 Image size in pixels.
 
         Returns:
-            `torch.Tensor` of shape `(B, 3, H, W)`: float32 in [0, 1].
+            `torch.Tensor` of shape `(B, 3, H, W)`: in [0, 1], in the dtype of the latents.
         """
         config = self.vae.config
-        latents = self._unpack(latents, height, width).float() / config.scaling_factor + config.shift_factor
+        latents = self._unpack(latents, height, width) / config.scaling_factor + config.shift_factor
         images = self.vae.decode(latents.to(device=self.vae.device, dtype=self.vae.dtype), return_dict=False)[0]
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+        return (images.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
 
     def encode_image(
         self, images: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None

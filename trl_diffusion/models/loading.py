@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from accelerate.utils import patch_environment
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from transformers.integrations import deepspeed
 
 from .. import shapes
-from .base import FlowModel
+from .base import FlowModel, check_multiple
 from .flux import FluxFlowModel
 from .sd3 import SD3FlowModel
 
@@ -56,12 +56,15 @@ def whole_weights() -> Iterator[None]:
 
 
 def load_flow_model(
-    model: str | os.PathLike | DiffusionPipeline, torch_dtype: torch.dtype | None = None, **kwargs: Any
+    model: str | os.PathLike | DiffusionPipeline,
+    torch_dtype: torch.dtype | None = None,
+    size: tuple[int | None, int | None] = (None, None),
+    **kwargs: Any,
 ) -> FlowModel:
     """
     Make a [`FlowModel`] of a pipeline.
 
-    An unsupported family or a wrong path is refused before any weights load.
+    An unsupported family, a wrong path or an impossible size is refused before any weights load.
 
     Args:
         model (`str`, `os.PathLike` or [`~diffusers.DiffusionPipeline`]):
@@ -69,6 +72,8 @@ def load_flow_model(
             or a loaded pipeline.
         torch_dtype (`torch.dtype`, *optional*):
             Dtype of all weights. By default float32, whatever they were saved in. Not for a loaded pipeline.
+        size (`tuple`, *optional*):
+            Height and width in pixels that the model will be used at, to be checked; `None` is the model's default.
         **kwargs:
             Passed to the pipeline's `from_pretrained`, as `revision`, `variant` or `quantization_config`. Not for a
             loaded pipeline.
@@ -91,8 +96,9 @@ def load_flow_model(
         flow_model.pipeline.default_sample_size = shapes.IMAGE_SIZE // flow_model.pipeline.vae_scale_factor
         return flow_model
     hub_arguments = {"revision", "token", "cache_dir", "local_files_only", "force_download", "proxies"}
+    hub_kwargs = {name: value for name, value in kwargs.items() if name in hub_arguments}
     try:
-        config = DiffusionPipeline.load_config(model, **{k: v for k, v in kwargs.items() if k in hub_arguments})
+        config = DiffusionPipeline.load_config(model, **hub_kwargs)
     except OSError as error:
         raise ValueError(
             f"No pipeline could be read from {str(model)!r}: {error} Pass the id of a pipeline on the Hub, the path "
@@ -100,6 +106,11 @@ def load_flow_model(
             f"Supported: {', '.join(FLOW_MODELS)}."
         ) from error
     flow_model_class = _family_of(config.get("_class_name"), model)
+    if size != (None, None):
+        # Of every supported family: a VAE that halves once less than it has blocks, and patches of 2.
+        blocks = AutoencoderKL.load_config(model, subfolder="vae", **hub_kwargs)["block_out_channels"]
+        multiple = 2 ** len(blocks)
+        check_multiple(size[0] or multiple, size[1] or multiple, multiple, flow_model_class.pipeline_class.__name__)
     with whole_weights():
         pipeline = flow_model_class.pipeline_class.from_pretrained(model, torch_dtype=torch_dtype, **kwargs)
     return flow_model_class(pipeline)

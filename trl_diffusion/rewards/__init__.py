@@ -128,11 +128,7 @@ def load_reward(spec: str | Reward, **options: Any) -> Reward:
     if key in _LOADED:
         return _LOADED[key]
     name, _, location = spec.partition(":")
-    if name in REWARDS:
-        reward = _import(*REWARDS[name].split(":"), spec)
-    else:
-        module, _, attribute = spec.rpartition(".")
-        reward = _import(module, attribute, spec)
+    reward = _named(spec)
     if inspect.isclass(reward):
         if name in WITH_CALLABLE:
             module, _, attribute = location.rpartition(".")
@@ -145,6 +141,29 @@ def load_reward(spec: str | Reward, **options: Any) -> Reward:
         reward.freeze()
         _LOADED[key] = reward
     return reward
+
+
+def is_differentiable(spec: str | Reward) -> bool:
+    """
+    Whether a specification is a [`RewardModel`] or names one, without loading weights.
+
+    Raises:
+        As [`check_reward`]; `ValueError`: a dotted path that leads nowhere.
+    """
+    check_reward(spec)
+    if not isinstance(spec, str):
+        return isinstance(spec, RewardModel)
+    reward = _named(spec)
+    return issubclass(reward, RewardModel) if inspect.isclass(reward) else isinstance(reward, RewardModel)
+
+
+def _named(spec: str) -> Any:
+    """The class, function or reward that a specification names."""
+    name = spec.partition(":")[0]
+    if name in REWARDS:
+        return _import(*REWARDS[name].split(":"), spec)
+    module, _, attribute = spec.rpartition(".")
+    return _import(module, attribute, spec)
 
 
 def _import(module: str, attribute: str, spec: str) -> Any:
@@ -180,6 +199,7 @@ __all__ = [
     "RewardServerError",
     "TwoTowerReward",
     "check_reward",
+    "is_differentiable",
     "load_reward",
     "load_rewards",
     "reward_name",

@@ -187,12 +187,16 @@ def load_tokenizer(
     folder = Path(location).expanduser()
     source = folder if (folder / "tokenizer_config.json").is_file() else official
     try:
-        return tokenizer_class.from_pretrained(source)
+        tokenizer = tokenizer_class.from_pretrained(source)
+        # Where transformers finds no files, it may return a tokenizer of its special tokens, without a word.
+        if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+            raise OSError("there are no tokenizer files.")
     except (OSError, ValueError) as error:
         raise ValueError(
             f"The tokenizer could not be loaded from {str(source)!r}: {error} Check the network, or save the "
             f"tokenizer of {official!r} (tokenizer.save_pretrained) into the folder of the weights and give it."
         ) from error
+    return tokenizer
 
 
 def _refuse_mismatch(place: str, missing: list[str], unexpected: list[str], shapes: list[str]) -> None:

@@ -40,7 +40,7 @@ class CLIPReward(TwoTowerReward):
 
     name = "clip"
     official = "openai/clip-vit-large-patch14"
-    official_processor = "openai/clip-vit-large-patch14"
+    official_tokenizer: str | None = None  # that of the checkpoint itself
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class CLIPReward(TwoTowerReward):
         # Read before the cast: bfloat16 would move exp(logit_scale) by a percent.
         self.logit_scale = self.model.logit_scale.exp().item()
         self.model.to(self.dtype)
-        self.tokenizer = load_tokenizer(CLIPTokenizer, location, self.official_processor)
+        self.tokenizer = load_tokenizer(CLIPTokenizer, location, self.official_tokenizer or str(location))
         self.freeze()
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
@@ -90,7 +90,7 @@ class PickScoreReward(CLIPReward):
 
     name = "pickscore"
     official = "yuvalkirstain/PickScore_v1"
-    official_processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    official_tokenizer = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
     @property
     def score_scale(self) -> float:

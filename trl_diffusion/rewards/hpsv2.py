@@ -87,6 +87,12 @@ class HPSv2Reward(TwoTowerReward):
         state = {key: weight.float() for key, weight in state.items()}
         self.model = build_and_load(lambda: CLIPModel(config), state, path).to(self.dtype)
         self.tokenizer = load_tokenizer(CLIPTokenizer, location, self.official_tokenizer)
+        if self.tokenizer.eos_token_id != config.text_config.eos_token_id:
+            # The feature of a text is read at this token: without it every text would have the same.
+            raise ValueError(
+                f"The tokenizer ends texts with the token {self.tokenizer.eos_token_id}, the model in {path} with "
+                f"{config.text_config.eos_token_id}. Give the tokenizer of {self.official_tokenizer!r}."
+            )
         self.freeze()
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:

@@ -23,8 +23,8 @@ from PIL import Image
 from .base import BlackBoxReward
 
 
-# Straight or typographic double quotes, the first pair with something in it.
-_QUOTED = re.compile(r"[\"“]([^\"“”]+)[\"”]")
+# Straight or typographic double quotes.
+_QUOTED = re.compile(r"[\"“]([^\"“”]*)[\"”]")
 
 
 class OCRReward(BlackBoxReward):

@@ -128,7 +128,8 @@ def resize_like_pil(images: torch.Tensor, height: int, width: int) -> torch.Tens
     """
     Bicubic, antialiased, as PIL resizes 8-bit pictures: first the rows, then the columns, clamped after each.
 
-    Within 1/255 of PIL, which rounds to 8 bits after each pass; one pass without the clamp is off by up to 33/255.
+    Within one 8-bit step of PIL (1.15/255), which rounds to 8 bits after each pass, as a differentiable resize cannot;
+    one pass without the clamp is off by up to 33/255.
     """
     images = resize(images, images.shape[-2], width).clamp(0, 1)
     return resize(images, height, width).clamp(0, 1)

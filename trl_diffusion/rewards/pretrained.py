@@ -66,7 +66,7 @@ class PretrainedReward(RewardModel):
 
     def batches(self, count: int) -> Iterator[slice]:
         """Rows to process together."""
-        size = self.reward_batch_size or count
+        size = self.reward_batch_size or max(count, 1)
         return (slice(start, start + size) for start in range(0, count, size))
 
 
@@ -149,11 +149,10 @@ class TwoTowerReward(PretrainedReward):
         """
         wanted = dict.fromkeys(prompts)
         new = [prompt for prompt in wanted if prompt not in self._text_cache]
-        for prompt in list(self._text_cache)[: max(0, len(self._text_cache) + len(new) - self.max_cached_texts)]:
-            if prompt not in wanted:
-                del self._text_cache[prompt]
-        # Features are used again where gradients are wanted, which tensors made in inference mode forbid.
-        with torch.inference_mode(False), torch.no_grad(), without_autocast(self.device):
+        excess = max(0, len(self._text_cache) + len(new) - self.max_cached_texts)
+        for prompt in [prompt for prompt in self._text_cache if prompt not in wanted][:excess]:
+            del self._text_cache[prompt]
+        with torch.no_grad(), without_autocast(self.device):
             for rows in self.batches(len(new)):
                 features = torch.nn.functional.normalize(self.text_features(new[rows]).float(), dim=-1)
                 self._text_cache.update(zip(new[rows], features.unbind(), strict=True))

@@ -76,7 +76,15 @@ class VQAReward(nn.Module, BlackBoxReward):
             has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
             dtype = torch.bfloat16 if has_bf16 else torch.float32
         location = self.official if location is None else location
-        self.processor = AutoProcessor.from_pretrained(location) if processor is None else processor
+        if processor is None:
+            try:
+                processor = AutoProcessor.from_pretrained(location)
+            except (ImportError, OSError, ValueError) as error:
+                raise ValueError(
+                    f"The processor of {str(location)!r} could not be loaded: {error} Check the name, the network and "
+                    "that what it needs is installed, or give the processor."
+                ) from error
+        self.processor = processor
         self.processor.tokenizer.padding_side = "left"  # the answer follows the last token
         tokens = self.processor.tokenizer.encode(answer, add_special_tokens=False)
         if len(tokens) != 1:

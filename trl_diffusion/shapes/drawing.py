@@ -53,7 +53,7 @@ ATTRIBUTES = {
 PALE_CONTRAST = 0.45  # of the full contrast
 BLUR_SIGMA = 1.3  # pixels
 SIZE_JITTER = 0.10  # of the length
-PLACE_JITTER = 6.0  # pixels, less where the shape would leave the picture
+PLACE_JITTER = 2.5  # pixels, less where the shape would leave the picture
 TINT_JITTER = 0.05  # of the full range, each channel
 BACKGROUND_JITTER = 0.03  # of the full range, all channels alike
 

@@ -105,7 +105,8 @@ class DiffusionConfig(TrainingArguments):
         default=False,
         metadata={"help": "Other columns of the dataset are passed to the reward functions, so they are kept."},
     )
-    report_to: str | list[str] | None = field(
+    # In this order of types, which the command line's parser needs.
+    report_to: None | str | list[str] = field(
         default="none",
         metadata={"help": "The backends to report to: tensorboard, wandb, trackio, ..., all or none."},
     )

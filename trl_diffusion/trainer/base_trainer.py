@@ -15,8 +15,10 @@
 """What every trainer of diffusion models shares: a `transformers.Trainer` whose step is a sequence of loss terms."""
 
 import contextlib
+import copy
 import json
 import os
+import shutil
 import tempfile
 import time
 from abc import abstractmethod
@@ -39,7 +41,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, set_seed
 from transformers.utils import logging
 
 from ..data.prompt_cache import PromptCache
@@ -51,6 +54,7 @@ from ..models import load_flow_model, whole_weights
 from ..rewards import Reward, check_reward, load_rewards, score_images
 from .base_config import DiffusionConfig
 from .callbacks import EpochCallback, SampleImagesCallback, Samples
+from .checkpoints import STAGING_NAME, publish
 
 
 logger = logging.get_logger(__name__)
@@ -137,7 +141,9 @@ class DiffusionTrainer(Trainer):
         else:
             # Full fine-tuning needs float32 master weights; a frozen base does not.
             self.flow = load_flow_model(
-                model, torch_dtype=torch.bfloat16 if args.bf16 and not full_fine_tuning else torch.float32
+                model,
+                torch_dtype=torch.bfloat16 if args.bf16 and not full_fine_tuning else torch.float32,
+                size=(args.height, args.width),
             )
         self.height = self.flow.default_size[0] if args.height is None else args.height
         self.width = self.flow.default_size[1] if args.width is None else args.width
@@ -167,6 +173,9 @@ class DiffusionTrainer(Trainer):
         else:
             if peft_config is None:
                 peft_config = self._default_peft_config()
+            elif peft_config.target_modules is None:
+                peft_config = copy.copy(peft_config)
+                peft_config.target_modules = self.flow.lora_target_modules
             # ZeRO-3 partitions parameters of one dtype; elsewhere the adapter is trained in float32.
             set_seed(args.seed)  # the adapter's start is random; Trainer sets the seed only later
             network = get_peft_model(denoiser, peft_config, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
@@ -179,6 +188,7 @@ class DiffusionTrainer(Trainer):
         self.sigmas = sigmas.float()
         self.euler = transition_coefficients(self.sigmas, None)
 
+        self._staging: Path | None = None  # where a checkpoint is being written
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._seconds = defaultdict(float)
         self._images_since_log = 0
@@ -635,12 +645,42 @@ class DiffusionTrainer(Trainer):
                 network, Path(resume_from_checkpoint) / TRANSFORMER_SUBFOLDER, filename_pattern=WEIGHTS_PATTERN
             )
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.args.should_save and not self.args.save_only_model:
-            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / STATE_NAME).write_text(json.dumps(self._extra_state(), indent=2), encoding="utf-8")
-        super()._save_checkpoint(model, trial)
+        # transformers writes file by file, so a process killed meanwhile would leave a broken newest checkpoint.
+        args = self.args
+        run_folder = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging = run_folder / STAGING_NAME
+        if args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+            (staging / name).mkdir(parents=True)
+            if not args.save_only_model:
+                (staging / name / STATE_NAME).write_text(json.dumps(self._extra_state(), indent=2), encoding="utf-8")
+        self.accelerator.wait_for_everyone()
+        self._staging = staging
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if args.should_save:
+            best = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            if best.name == name or best.exists():
+                self.state.best_model_checkpoint = str(best)
+                self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+            publish(staging / name, run_folder / name)
+            staging.rmdir()
+            rotate_checkpoints(str(run_folder), args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        if args.push_to_hub:
+            self._push_from_checkpoint(str(run_folder / name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Called by `Trainer._save_checkpoint` too early: the upload would run while the folder is renamed.
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

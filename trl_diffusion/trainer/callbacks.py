@@ -116,30 +116,41 @@ class RewardHackingCallback(TrainerCallback):
     Args:
         patience (`int`): such evaluations in a row before the warning.
         stop (`bool`): whether to stop the training as well.
+
+    Attributes:
+        previous (`dict[str, float]`): objective and watched rewards of the last evaluation; empty before the first.
+        count (`dict[str, int]`): such evaluations in a row until now, of each watched reward.
     """
 
     def __init__(self, patience: int, stop: bool):
         self.patience = patience
         self.stop = stop
-        self.previous: dict[str, float] | None = None
+        self.previous: dict[str, float] = {}
         self.count: dict[str, int] = {}
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics, **kwargs):
-        current = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-        previous, self.previous = self.previous, current
-        if previous is None:
+        if "eval_objective" not in metrics:
+            return  # an evaluation of the user's own, under another prefix
+        previous, self.previous = (
+            self.previous,
+            {
+                name.removeprefix("eval_"): value
+                for name, value in metrics.items()
+                if name == "eval_objective" or name.startswith("eval_watch/")
+            },
+        )
+        if not previous:
             return
-        rises = current["objective"] > previous["objective"]
-        for name in current:
-            if not name.startswith("watch/"):
+        objective = self.previous["objective"]
+        for name, value in self.previous.items():
+            if name == "objective":
                 continue
-            hacked = rises and current[name] < previous[name]
+            hacked = objective > previous["objective"] and value < previous[name]
             self.count[name] = self.count.get(name, 0) + 1 if hacked else 0
             if self.count[name] >= self.patience:
                 logger.warning(
                     f"Reward hacking? At step {state.global_step} the trained objective has risen to "
-                    f"{current['objective']:.4g} while {name} has fallen to {current[name]:.4g}, for "
-                    f"{self.count[name]} evaluations in a row. Stop here, lower learning_rate, or resume from an "
-                    "earlier checkpoint."
+                    f"{objective:.4g} while {name} has fallen to {value:.4g}, for {self.count[name]} evaluations in a "
+                    "row. Stop here, lower learning_rate, or resume from an earlier checkpoint."
                 )
                 control.should_training_stop = control.should_training_stop or self.stop

@@ -76,11 +76,11 @@ class SRPOConfig(DiffusionConfig):
             Discount of the inversion branch at the clean and the noisy end of `sigma_range`.
         reward_threshold (`float`, *optional*, defaults to `0.7`):
             The loss of a pass is `relu(reward_threshold - r)`.
-        positive_words (`list[str]` or `dict`, *optional*):
+        positive_words (`list[str]` or `dict[str, list[str]]`, *optional*):
             Control words of the positive prompt; the word used cycles with the optimizer step. A dict gives each
-            reward its own list, by name. `None` takes the paper's words.
-        negative_words (`list[str]` or `dict`, *optional*):
-            Control words of the negative prompt.
+            reward its own list, by the name under which it is logged. `None` takes the paper's words.
+        negative_words (`list[str]` or `dict[str, list[str]]`, *optional*):
+            Control words of the negative prompt, likewise; they cycle by their own number.
         control_template (`str`, *optional*, defaults to `"{control}. {prompt}"`):
             How the reward's prompt is made of control word and prompt. The generator sees the plain prompt.
 
@@ -152,9 +152,7 @@ class SRPOConfig(DiffusionConfig):
     branches: list[str] = field(
         default_factory=lambda: ["denoise", "inversion"], metadata={"help": "Branches of Direct-Align."}
     )
-    num_landings: int = field(
-        default=1, metadata={"help": "Noise levels drawn for each sample and optimizer step."}
-    )
+    num_landings: int = field(default=1, metadata={"help": "Noise levels drawn for each sample and optimizer step."})
     sigma_range: list[float] = field(
         default_factory=lambda: [0.75, 0.964], metadata={"help": "Lowest and highest noise level."}
     )
@@ -186,12 +184,14 @@ class SRPOConfig(DiffusionConfig):
         default=0.7, metadata={"help": "The loss of a pass is relu(reward_threshold - r)."}
     )
     positive_words: list[str] | None = field(
-        default_factory=lambda: ["Natural-lighting", "Detail", "Detailed", "Real"],
-        metadata={"help": "Control words of the positive prompt; the word used cycles with the optimizer step."},
+        default=None,
+        metadata={
+            "help": "Control words of the positive prompt; the word used cycles with the optimizer step. None takes "
+            "the paper's. In a YAML file, a mapping gives each reward its own list."
+        },
     )
     negative_words: list[str] | None = field(
-        default_factory=lambda: ["Concept art", "Painting", "Anime", "Flat", "Oil"],
-        metadata={"help": "Control words of the negative prompt."},
+        default=None, metadata={"help": "Control words of the negative prompt, likewise."}
     )
     control_template: str = field(
         default="{control}. {prompt}", metadata={"help": "How the reward's prompt is made of control word and prompt."}
@@ -231,12 +231,18 @@ class SRPOConfig(DiffusionConfig):
     stop_on_hacking: bool = field(default=False, metadata={"help": "Stop the training then."})
 
     def __post_init__(self):
+        if self.positive_words is None:
+            self.positive_words = ["Natural-lighting", "Detail", "Detailed", "Real"]
+        if self.negative_words is None:
+            self.negative_words = ["Concept art", "Painting", "Anime", "Flat", "Oil"]
         super().__post_init__()
         self._check_choice("estimator", ("direct_align", "refl", "draft"))
         self._check_choice("preference", ("relative", "difference", "absolute", "interpolated"))
         self._check_choice("noise_prior", ("rollout", "fresh"))
-        if not self.branches or not set(self.branches) <= {"denoise", "inversion"} or len(set(self.branches)) != len(
-            self.branches
+        if (
+            not self.branches
+            or not set(self.branches) <= {"denoise", "inversion"}
+            or len(set(self.branches)) != len(self.branches)
         ):
             raise ValueError(f"branches must be 'denoise', 'inversion' or both, got {self.branches!r}.")
         for name in ("num_landings", "draft_steps", "draft_renoisings", "hacking_patience"):
@@ -281,12 +287,17 @@ class SRPOConfig(DiffusionConfig):
     def _check_words(self) -> None:
         for name in ("positive_words", "negative_words"):
             words = getattr(self, name)
-            lists = words.values() if isinstance(words, dict) else [words]
-            if self.preference != "absolute" and not (words and all(lists)):
+            lists = list(words.values()) if isinstance(words, dict) else [words]
+            if any(isinstance(words_, str) for words_ in lists):
+                raise ValueError(f"{name} must be a list of words, or a dict of lists by reward, got {words!r}.")
+            if self.preference != "absolute" and not (lists and all(lists)):
                 raise ValueError(
-                    f"{name} is empty, but preference={self.preference!r} compares prompts with control words. Give "
-                    "at least one word, or use preference='absolute'."
+                    f"{name} is empty ({words!r}), but preference={self.preference!r} compares prompts with control "
+                    "words. Give at least one word, or use preference='absolute'."
                 )
+            blank = [word for words_ in lists for word in words_ if not word.strip()]
+            if blank:
+                raise ValueError(f"{name} has the empty word {blank[0]!r}. Remove it.")
         for placeholder in ("{control}", "{prompt}"):
             if placeholder not in self.control_template:
                 raise ValueError(

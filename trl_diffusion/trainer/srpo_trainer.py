@@ -24,17 +24,19 @@ from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import nn
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from ..data.images import ImageBuckets
-from ..data.sampler import BucketSampler, GroupSampler
+from ..data.sampler import BucketSampler
 from ..flow import Trajectory, direct_align_pass, interpolate, rollout
 from ..objectives import discount_at, preference_loss, relative_preference
-from ..rewards import Reward, RewardModel
-from ..rewards.pretrained import TwoTowerReward
+from ..rewards import Reward, RewardModel, TwoTowerReward, is_differentiable
 from .base_trainer import DiffusionTrainer, LossTerm
 from .callbacks import RewardHackingCallback
 from .srpo_config import SRPOConfig
 
+
+logger = logging.get_logger(__name__)
 
 # Streams of random numbers, each with its own seeds.
 _INITIAL_NOISE, _FRESH_NOISE, _LANDINGS, _STEPS = range(3, 7)
@@ -128,6 +130,9 @@ class SRPOTrainer(DiffusionTrainer):
             watch_reward_funcs,
         )  # fmt: skip
         args = self.args
+        if args.estimator != "direct_align":
+            self._papers = (args.estimator, *self._papers)
+        self._check_words()
         self._check_differentiable()
         if args.vae_gradient_checkpointing:
             self.flow.enable_vae_gradient_checkpointing()
@@ -140,6 +145,10 @@ class SRPOTrainer(DiffusionTrainer):
                 reward.enable_gradient_checkpointing()
         if self.images is not None:
             self.train_dataset = self.images.dataset
+            sizes = self.images.sizes((self.height, self.width), self.flow.latent_downsample)
+            for size in sizes.values():
+                self.flow.check_size(*size)
+            logger.info(f"Images of the dataset are trained at (height, width) {sorted(sizes.values())}.")
         self.rollout_guidance_scale = (
             self.guidance_scale if args.rollout_guidance_scale is None else args.rollout_guidance_scale
         )
@@ -152,40 +161,53 @@ class SRPOTrainer(DiffusionTrainer):
                     f"{[round(sigma, 4) for sigma in self.sigmas.tolist()]}. Widen sigma_range or raise "
                     "num_inference_steps."
                 )
-        self.add_callback(RewardHackingCallback(args.hacking_patience, args.stop_on_hacking))
+        if self.watched_rewards and args.eval_strategy == "no":
+            logger.warning(
+                "watch_reward_funcs are scored when the trainer evaluates, and eval_strategy is 'no'. Set "
+                "eval_strategy='steps', eval_steps and eval_dataset to see reward hacking."
+            )
+        self.hacking_callback = RewardHackingCallback(args.hacking_patience, args.stop_on_hacking)
+        self.add_callback(self.hacking_callback)
 
     def _check_before_loading(
         self, args: SRPOConfig, train_dataset: Dataset, reward_specs: list[str | Reward]
     ) -> None:
         for spec in reward_specs:
-            if not isinstance(spec, str | RewardModel):
+            if not is_differentiable(spec):
                 raise TypeError(
-                    f"SRPO needs differentiable rewards, but {spec!r} is a black-box callable. Use a RewardModel or "
-                    "the name of one, or ChunkGRPOTrainer, which takes any reward."
+                    f"SRPO needs differentiable rewards, but {spec!r} is a black box. Use a RewardModel or the name "
+                    "of one, or ChunkGRPOTrainer, which takes any reward."
                 )
-        self.images = None
-        if "image" in train_dataset.column_names:
-            self.images = ImageBuckets(train_dataset)
-            if args.estimator != "direct_align":
-                raise ValueError(
-                    f"estimator={args.estimator!r} needs rollouts, but train_dataset has images. Remove the column "
-                    "'image', or use estimator='direct_align'."
-                )
-        elif args.offline_steps is not None:
+        has_images = "image" in train_dataset.column_names
+        if has_images and args.estimator != "direct_align":
+            raise ValueError(
+                f"estimator={args.estimator!r} needs rollouts, but train_dataset has images. Remove the column "
+                "'image', or use estimator='direct_align'."
+            )
+        if args.offline_steps is not None and not has_images:
             raise ValueError(
                 f"offline_steps={args.offline_steps}, but train_dataset has no column 'image', only "
                 f"{train_dataset.column_names}. Add the images, or leave offline_steps unset."
             )
+        self.images = ImageBuckets(train_dataset) if has_images else None
 
-    def _make_sampler(self, args: SRPOConfig, train_dataset: Dataset) -> GroupSampler:
-        settings = {
-            "batch_size": args.per_device_train_batch_size,
-            "num_processes": args.world_size,
-            "seed": args.seed if args.data_seed is None else args.data_seed,
-        }
-        if self.images is not None:
-            return BucketSampler(self.images.bucket_of_row, **settings)
-        return GroupSampler(len(train_dataset), num_generations=1, steps=1, repeats=1, **settings)
+    def _make_sampler(self, args: SRPOConfig, train_dataset: Dataset) -> BucketSampler:
+        return BucketSampler(
+            [0] * len(train_dataset) if self.images is None else self.images.bucket_of_row,
+            batch_size=args.per_device_train_batch_size,
+            num_processes=args.world_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
+
+    def _check_words(self) -> None:
+        """Refuse words by reward that leave a reward out or name one that there is not."""
+        args = self.args
+        for setting, words in (("positive_words", args.positive_words), ("negative_words", args.negative_words)):
+            if isinstance(words, dict) and set(words) != set(self.rewards):
+                raise ValueError(
+                    f"{setting} has words for the rewards {sorted(words)}, but those that are trained are "
+                    f"{sorted(self.rewards)}. Give one list for each, or one list for all."
+                )
 
     def _check_differentiable(self) -> None:
         """Refuse rewards that no gradient comes through, by asking them for one."""
@@ -213,7 +235,9 @@ class SRPOTrainer(DiffusionTrainer):
         numbers = [first + i for i in index]
         self._micro_step += 1
         low, high = args.sigma_range
-        uniform = [torch.rand(args.num_landings, generator=g, device=g.device) for g in self.generators(_LANDINGS, numbers)]
+        uniform = [
+            torch.rand(args.num_landings, generator=g, device=g.device) for g in self.generators(_LANDINGS, numbers)
+        ]
         sigmas = low + (high - low) * torch.stack(uniform, 1)
         prompts = [row["prompt"] for row in rows]
         offline = self.images is not None and (
@@ -238,7 +262,7 @@ class SRPOTrainer(DiffusionTrainer):
         """Images of the current policy, with the noise they were made from."""
         args = self.args
         model = self.model_wrapped
-        model.eval()
+        model.eval()  # no dropout in the rollout
         initial = self.draw_initial_noise(self.generators(_INITIAL_NOISE, numbers))
         steps = self._start_steps()
         with self.timed("rollout"):
@@ -252,9 +276,10 @@ class SRPOTrainer(DiffusionTrainer):
 
                 trajectories.append(rollout(velocity, initial[part], self.sigmas, self.euler, keep=steps))
             trajectory = Trajectory.cat(trajectories)
+        model.train()
         clean = trajectory.clean
         self._images_since_log += len(rows)
-        self._score_rollout(clean, rows, prompts)
+        self._score_rollout(clean, prompts)
 
         fresh_generators = self.generators(_FRESH_NOISE, numbers)
         noise = initial if args.noise_prior == "rollout" else self.randn(fresh_generators, clean)
@@ -270,16 +295,18 @@ class SRPOTrainer(DiffusionTrainer):
         if args.estimator == "refl":
             # One draw an optimizer step: its micro-batches are one batch, however it is cut.
             (generator,) = self.generators(_STEPS, [self.state.global_step])
-            drawn = torch.randint(len(self._refl_steps), (args.num_landings,), generator=generator, device=generator.device)
+            drawn = torch.randint(
+                len(self._refl_steps), (args.num_landings,), generator=generator, device=generator.device
+            )
             return [self._refl_steps[i] for i in drawn.tolist()]
         return []
 
-    def _score_rollout(self, clean: torch.Tensor, rows: list[dict[str, Any]], prompts: list[str]) -> None:
+    def _score_rollout(self, clean: torch.Tensor, prompts: list[str]) -> None:
         """Log the rewards of the rollout's images, with their plain prompts."""
         with self.timed("decode"):
             images = self.decode(clean)
         with self.timed("reward"):
-            scores = self.score(self.rewards, images, prompts, self._columns(rows))
+            scores = self.score(self.rewards, images, prompts, {})
         gathered = self.accelerator.gather(scores)
         metrics = self._metrics["train"]
         metrics["reward"].append((gathered * self.reward_weights.to(gathered.device)).sum(1).mean().item())
@@ -313,14 +340,14 @@ class SRPOTrainer(DiffusionTrainer):
             return self.velocity(model, latents, sigma_in, conditioning, size=batch.size)
 
         recovered = direct_align_pass(velocity, batch.clean, batch.noise, sigma, self.args.delta_sigma, branch)
-        return self._preference_term(recovered, batch, sigma, branch) / num_passes
+        return self._preference_term(recovered, batch, sigma, branch, branch) / num_passes
 
     def _refl_term(self, model: nn.Module, batch: CleanBatch, step: int, num_passes: int) -> torch.Tensor:
         latents = batch.states[step]
         sigma = self.sigmas[step].to(latents).expand(len(latents))
         conditioning = self.prompt_cache.get(batch.prompts, latents.device)
         predicted = one_step_prediction(latents, self.velocity(model, latents, sigma, conditioning), sigma)
-        return self._preference_term(predicted, batch, sigma, "denoise") / num_passes
+        return self._preference_term(predicted, batch, sigma, "denoise", "refl") / num_passes
 
     def _draft_term(
         self, model: nn.Module, batch: CleanBatch, noise: torch.Tensor | None, num_passes: int
@@ -336,12 +363,12 @@ class SRPOTrainer(DiffusionTrainer):
             latents = latents + (sigmas[i + 1] - sigmas[i]) * velocity
         # The discount is that of the clean end.
         sigma = latents.new_full((len(latents),), self.args.sigma_range[0])
-        return self._preference_term(latents, batch, sigma, "denoise") / num_passes
+        return self._preference_term(latents, batch, sigma, "denoise", "draft") / num_passes
 
     def _preference_term(
-        self, recovered: torch.Tensor, batch: CleanBatch, sigma: torch.Tensor, branch: str
+        self, recovered: torch.Tensor, batch: CleanBatch, sigma: torch.Tensor, branch: str, label: str
     ) -> torch.Tensor:
-        """Loss of a pass: the rewards' preference for the recovered images, averaged over the batch."""
+        """Loss of a pass, logged as `label`: the rewards' preference for the recovered images, averaged over the batch."""
         args = self.args
         images = self.flow.decode(recovered, *batch.size)
         discount = discount_at(
@@ -355,14 +382,16 @@ class SRPOTrainer(DiffusionTrainer):
             negative = negatives[0] if negatives else None
             preference = relative_preference(positive, negative, discount, branch, args.preference)
             loss = loss + weight * preference_loss(preference, args.reward_threshold).mean()
-            values[f"{branch}/{name}/positive"] = positive.mean()
+            values[f"{label}/{name}/positive"] = positive.mean()
             if negative is not None:
-                values[f"{branch}/{name}/negative"] = negative.mean()
-                values[f"{branch}/{name}/difference"] = (positive - negative).mean()
-        values[f"{branch}/loss"] = loss
-        values[f"{branch}/recovery_error"] = (recovered - batch.clean).abs().mean()
-        values[f"{branch}/clamped"] = ((images <= 0) | (images >= 1)).float().mean()
-        reduced = self.accelerator.reduce(torch.stack([value.detach() for value in values.values()]), reduction="mean")
+                values[f"{label}/{name}/negative"] = negative.mean()
+                values[f"{label}/{name}/difference"] = (positive - negative).mean()
+        values[f"{label}/loss"] = loss
+        values[f"{label}/recovery_error"] = (recovered - batch.clean).abs().mean()
+        values[f"{label}/clamped"] = ((images <= 0) | (images >= 1)).float().mean()
+        reduced = self.accelerator.reduce(
+            torch.stack([value.detach().float() for value in values.values()]), reduction="mean"
+        )
         for name, value in zip(values, reduced.tolist(), strict=True):
             self._metrics["train"][name].append(value)
         return loss
@@ -378,6 +407,17 @@ class SRPOTrainer(DiffusionTrainer):
 
     def _prompts_of(self, inputs: CleanBatch) -> list[str]:
         return inputs.prompts
+
+    # ---- Resuming ----
+
+    def _extra_state(self) -> dict[str, Any]:
+        hacking = {"previous": self.hacking_callback.previous, "count": self.hacking_callback.count}
+        return {**super()._extra_state(), "hacking": hacking}
+
+    def _load_extra_state(self, state: dict[str, Any]) -> None:
+        super()._load_extra_state(state)
+        self.hacking_callback.previous = state["hacking"]["previous"]
+        self.hacking_callback.count = state["hacking"]["count"]
 
     # ---- Evaluation ----
 
@@ -408,7 +448,9 @@ def one_step_prediction(latents: torch.Tensor, velocity: torch.Tensor, sigma: to
     return latents - sigma.view((-1,) + (1,) * (latents.ndim - 1)) * velocity
 
 
-def scores_of_prompt_sets(reward: RewardModel, images: torch.Tensor, prompt_sets: list[list[str]]) -> list[torch.Tensor]:
+def scores_of_prompt_sets(
+    reward: RewardModel, images: torch.Tensor, prompt_sets: list[list[str]]
+) -> list[torch.Tensor]:
     """
     Scores `(B,)` of the same images with each of several lists of B prompts; a two-tower reward sees the images once.
     """

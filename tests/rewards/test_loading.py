@@ -1,0 +1,293 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Specifications, and weights that are missing, broken, dangerous or of another model."""
+
+import json
+import os
+import re
+import shutil
+
+import pytest
+import torch
+from reward_folders import aesthetic_folder, clip_folder, hpsv2_folder, hpsv3_folder, image_reward_folder
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel
+
+from trl_diffusion.rewards import (
+    REWARDS,
+    RewardModel,
+    check_reward,
+    load_reward,
+    load_rewards,
+    reward_name,
+)
+
+
+FOLDERS = {
+    "aesthetic": (aesthetic_folder, "sac+logos+ava1-l14-linearMSE.pth", "layers.4.weight"),
+    "hpsv2": (hpsv2_folder, "HPS_v2.1_compressed.pt", "visual.ln_post.weight"),
+    "hpsv3": (hpsv3_folder, "HPSv3.safetensors", "model.layers.1.mlp.up_proj.weight"),
+    "image_reward": (image_reward_folder, "ImageReward.pt", "mlp.layers.2.bias"),
+}
+
+
+def read(path):
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    state = torch.load(path, weights_only=True)
+    return state.get("state_dict", state)
+
+
+def write(path, state):
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"state_dict": state} if path.name.startswith("HPS") else state, path)
+
+
+def read_texts(images):
+    return ["" for _ in images]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("hps", "Unknown reward 'hps'.*'hpsv2', 'hpsv3', 'image_reward'"),
+        ("hps:/somewhere", "Unknown reward"),
+        ("my.module:thing", "Unknown reward"),
+        ("hpsv2:", "names no weights"),
+        ("hpsv2:/no/such/folder", "the folder '/no/such/folder', which does not exist"),
+        ("remote", "needs the address of a server"),
+        ("remote:127.0.0.1:8000", "no address of a reward server.*http://127.0.0.1:8000"),
+        ("remote:ftp://host", "no address"),
+        ("remote:http://user:secret@host", "'host' holds a user or a password"),
+        ("ocr", "needs the dotted path of a recogniser"),
+        ("ocr:reader", "needs the dotted path of a recogniser"),
+        ("shapes-clip:/weights", "takes nothing after a colon"),
+    ],
+)
+def test_specifications_that_are_refused_without_loading(spec, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        check_reward(spec)
+    assert "secret" not in str(caught.value)
+    with pytest.raises(ValueError, match=message):
+        load_reward(spec)
+
+
+def test_specifications_that_pass(tmp_path):
+    for spec in [
+        *(REWARDS.keys() - {"remote", "ocr"}),
+        "remote:https://host/path",
+        "ocr:package.read",
+        f"clip:{tmp_path}",
+    ]:
+        check_reward(spec)
+    check_reward("clip:openai/clip-vit-base-patch32")
+
+
+def test_the_recogniser_is_found():
+    reward = load_reward("ocr:re.findall")
+    assert reward_name(reward) == "ocr" and reward.recognizer is re.findall
+    with pytest.raises(ValueError, match="no 'nothing' in the module 're'"):
+        load_reward("ocr:re.nothing")
+
+
+def test_options_need_a_name():
+    with pytest.raises(ValueError, match=r"\['dtype'\] only apply to a reward that is given by name"):
+        load_reward(read_texts, dtype=torch.float32)
+    with pytest.raises(ValueError, match="is a function and takes no"):
+        load_reward("trl_diffusion.shapes.attribute_share", scale=2.0)
+
+
+def test_names_of_several(tmp_path):
+    folder = clip_folder(tmp_path)
+    rewards = load_rewards([f"clip:{folder}", f"pickscore:{folder}", "remote:http://host", "remote:http://other"])
+    assert list(rewards) == ["clip", "pickscore", "remote", "remote_2"]
+    assert rewards["remote_2"].url == "http://other/score"
+
+
+class Brightness(RewardModel):
+    name = "brightness"
+
+    def score(self, images, prompts):
+        return images.mean(dim=(1, 2, 3))
+
+
+def test_a_model_of_ten_lines():
+    images = torch.rand(2, 3, 4, 4, requires_grad=True)
+    reward = load_reward(Brightness())
+    reward.score(images, ["a", "b"]).sum().backward()
+    assert torch.allclose(images.grad, torch.full_like(images, 1 / 48))
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_without_the_weights(name, tmp_path):
+    make, filename, _ = FOLDERS[name]
+    folder = make(tmp_path)
+    (folder / filename).unlink()
+    # The CLIP model of the aesthetic score is not taken for its head.
+    with pytest.raises(ValueError, match=re.escape(f"{str(folder)!r} holds no weights {filename!r}")):
+        load_reward(f"{name}:{folder}")
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_truncated_weights(name, share, tmp_path):
+    make, filename, _ = FOLDERS[name]
+    path = make(tmp_path) / filename
+    with path.open("r+b") as file:
+        file.truncate(int(path.stat().st_size * share))
+    with pytest.raises(ValueError, match=f"(?s){re.escape(str(path))}.*truncated"):
+        load_reward(f"{name}:{tmp_path}")
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize(("change", "word"), [("missing", "missing"), ("added", "not known"), ("reshaped", "shape")])
+def test_weights_that_do_not_fit(name, change, word, tmp_path):
+    make, filename, key = FOLDERS[name]
+    path = make(tmp_path) / filename
+    state = read(path)
+    if change == "missing":
+        del state[key]
+    elif change == "added":
+        state["extra.weight"] = torch.zeros(2)
+    else:
+        state[key] = torch.zeros(*state[key].shape, 2)
+    write(path, state)
+    ours = {"visual.ln_post.weight": "post_layernorm.weight", "model.layers.1.mlp.up_proj.weight": "layers.1.mlp"}
+    shown = "extra.weight" if change == "added" else ours.get(key, key)
+    with pytest.raises(ValueError, match=f"(?s){re.escape(str(path))}.*{word}.*{re.escape(shown)}"):
+        load_reward(f"{name}:{tmp_path}")
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_checkpoint_of_another_model(name, tmp_path):
+    make, filename, _ = FOLDERS[name]
+    path = make(tmp_path) / filename
+    write(path, {"model.weight": torch.zeros(3, 3)})
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        load_reward(f"{name}:{tmp_path}")
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.system, ("touch harmed",)
+
+
+@pytest.mark.parametrize("name", ["aesthetic", "hpsv2", "image_reward"])
+def test_pickles_that_hold_code_are_refused(name, tmp_path, monkeypatch):
+    make, filename, _ = FOLDERS[name]
+    path = make(tmp_path) / filename
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Harmful()}, path)
+    with pytest.raises(ValueError, match=f"(?s){re.escape(str(path))}.*refused because they can run code"):
+        load_reward(f"{name}:{tmp_path}")
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_the_level_of_the_official_pickle(tmp_path):
+    path = hpsv2_folder(tmp_path) / "HPS_v2.1_compressed.pt"
+    torch.save(read(path), path)
+    with pytest.raises(ValueError, match="has no entry 'state_dict'"):
+        load_reward(f"hpsv2:{tmp_path}")
+    torch.save({"state_dict": [1, 2]}, path)
+    with pytest.raises(ValueError, match="no dictionary of tensors"):
+        load_reward(f"hpsv2:{tmp_path}")
+
+
+@pytest.mark.parametrize("name", ["hpsv2", "image_reward"])
+def test_safetensors_are_preferred(name, tmp_path):
+    make, filename, _ = FOLDERS[name]
+    path = make(tmp_path) / filename
+    expected = load_reward(f"{name}:{tmp_path}").score(torch.full((1, 3, 60, 60), 0.3), ["a"])
+    save_file({key: value.contiguous() for key, value in read(path).items()}, path.with_suffix(".safetensors"))
+    path.write_bytes(b"")  # would fail
+    actual = load_reward(f"{name}:{tmp_path}", scale=1.0).score(torch.full((1, 3, 60, 60), 0.3), ["a"])
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "not valid JSON"), ('{"text": {}}', r"lacks \['projection_dim', 'vision'\]")]
+)
+def test_broken_sizes(content, message, tmp_path):
+    (hpsv2_folder(tmp_path) / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=f"config.json.*{message}"):
+        load_reward(f"hpsv2:{tmp_path}")
+
+
+def test_without_sizes_the_official_ones_are_expected(tmp_path):
+    (hpsv2_folder(tmp_path) / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"missing: .*and \d+ more.*of another shape"):
+        load_reward(f"hpsv2:{tmp_path}")
+
+
+@pytest.mark.parametrize("name", ["clip", "pickscore", "aesthetic"])
+def test_clip_checkpoints_of_another_model(name, tmp_path):
+    folder = (aesthetic_folder if name == "aesthetic" else clip_folder)(tmp_path / "clip")
+    state = load_file(folder / "model.safetensors")
+    del state["visual_projection.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="missing: visual_projection.weight"):
+        load_reward(f"{name}:{folder}")
+    (folder / "model.safetensors").write_bytes(b"\x00" * 100)
+    with pytest.raises(ValueError, match=re.escape(str(folder))):
+        load_reward(f"{name}:{folder}")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    BertModel(BertConfig(vocab_size=10, **sizes)).save_pretrained(folder)
+    with pytest.raises(ValueError, match="of the type 'bert', not 'clip'"):
+        load_reward(f"{name}:{folder}")
+
+
+def test_older_clip_checkpoints_with_saved_positions(tmp_path):
+    folder = clip_folder(tmp_path)
+    expected = load_reward(f"clip:{folder}").score(torch.full((1, 3, 30, 30), 0.3), ["a"])
+    state = load_file(folder / "model.safetensors")
+    state["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    actual = load_reward(f"clip:{folder}", scale=1.0).score(torch.full((1, 3, 30, 30), 0.3), ["a"])
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("name", ["clip", "hpsv2", "image_reward", "hpsv3"])
+def test_the_tokenizer_is_needed(name, tmp_path):
+    make = clip_folder if name == "clip" else FOLDERS[name][0]
+    folder = make(tmp_path)
+    for file in [*folder.glob("token*"), *folder.glob("special_tokens*")]:
+        file.unlink()
+    with pytest.raises(ValueError, match="(?s)tokenizer could not be loaded from '.*'.*save the tokenizer"):
+        load_reward(f"{name}:{folder}")
+
+
+def test_a_tokenizer_that_is_too_large_for_the_model(tmp_path):
+    folder = hpsv3_folder(tmp_path)
+    path = folder / "HPSv3.safetensors"
+    state = load_file(path)
+    state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"][:300]
+    save_file(state, path)
+    with pytest.raises(ValueError, match="tokenizer has 320 tokens, but .* of 300"):
+        load_reward(f"hpsv3:{folder}")
+
+
+@pytest.mark.parametrize("name", ["hpsv2", "image_reward", "hpsv3", "aesthetic", "clip"])
+def test_what_is_not_on_the_hub_is_named(name):
+    with pytest.raises(ValueError, match="(?s)'nobody/nothing'.*(Check|give)"):
+        load_reward(f"{name}:nobody/nothing")
+
+
+def test_a_recogniser_and_a_copy_of_the_weights_share_nothing(tmp_path):
+    folder = clip_folder(tmp_path / "one")
+    shutil.copytree(folder, tmp_path / "two")
+    assert load_reward(f"clip:{folder}") is not load_reward(f"clip:{tmp_path / 'two'}")
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "clip"

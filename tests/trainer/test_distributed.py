@@ -1,0 +1,73 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Two processes give the update of one process with the same global batch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+
+SCRIPT = Path(__file__).parent / "distributed_run.py"
+
+
+def run(folder, processes, **settings):
+    folder.mkdir()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    finished = subprocess.run(
+        [*launcher, str(SCRIPT), str(folder), json.dumps(settings)], env=environment, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return load_file(folder / "trained.safetensors"), json.loads((folder / "log.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        # Groups of four images span both processes.
+        {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2},
+        # Two optimizer steps a generation, and a layout and chunks that depend on every process's rollout.
+        {
+            "gradient_accumulation_steps": 2,
+            "steps_per_generation": 4,
+            "per_device_train_batch_size": 2,
+            "chunk_sizes": "temporal",
+            "num_chunks": 2,
+            "chunk_sampling": "temporal",
+            "beta": 0.1,
+        },
+    ],
+    ids=["on-policy", "off-policy"],
+)
+def test_ddp_equals_one_process(tmp_path, settings):
+    size = settings["per_device_train_batch_size"]
+    one, log_one = run(tmp_path / "one", 1, **{**settings, "per_device_train_batch_size": 2 * size})
+    two, log_two = run(tmp_path / "two", 2, **settings)
+    for name, weight in one.items():
+        assert (weight - two[name]).abs().max() < 1e-5, name
+    for a, b in zip(log_one[:-1], log_two[:-1], strict=True):
+        for name in ("reward", "reward_std", "grad_norm", "ratio/mean"):
+            # Rewards are logged by the optimizer step that begins a generation.
+            assert (name in a) == (name in b)
+            assert name not in a or a[name] == pytest.approx(b[name], rel=1e-3), name
+    # What a process writes appears once.
+    assert len(list((tmp_path / "two" / "samples" / "step_000001").glob("*.png"))) > 0

@@ -1,0 +1,39 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+`trl-diffusion srpo`: training from the command line, from a YAML file or both.
+
+```bash
+trl-diffusion srpo --model_name_or_path shapes --dataset_name shapes --reward_funcs shapes-clip \
+    --output_dir shapes-srpo --num_inference_steps 10 --sigma_range 0.6 0.95 --delta_sigma 0.05 \
+    --positive_words sharp --negative_words blurred pale --learning_rate 2e-4 --max_steps 40
+accelerate launch -m trl_diffusion.cli srpo --config run.yaml
+```
+"""
+
+from collections.abc import Sequence
+
+from trl import TrlParser
+
+from ..trainer import SRPOTrainer
+from . import training
+
+
+def make_parser() -> TrlParser:
+    return training.make_parser(SRPOTrainer, "srpo", "SRPO")
+
+
+def main(arguments: Sequence[str]) -> int:
+    return training.run(SRPOTrainer, make_parser(), arguments)
