@@ -103,7 +103,7 @@ def plot(images: torch.Tensor, recovered: dict[str, dict[float, torch.Tensor]], 
     for row, method in zip(pictures.subplots(2, len(SIGMAS) + 1), methods, strict=True):
         shown = [("sampled", images[0]), *((f"{sigma:g}", recovered[method][sigma][0]) for sigma in SIGMAS)]
         for panel, (title, picture) in zip(row, shown, strict=True):
-            panel.imshow(picture.permute(1, 2, 0), interpolation="nearest")
+            panel.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
             panel.set_title(title, fontsize=8)
             panel.set_xticks([])
             panel.set_yticks([])

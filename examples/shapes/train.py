@@ -17,7 +17,7 @@ Trains the embedded world of `trl_diffusion.shapes` from nothing, on the CPU, in
 
     python examples/shapes/train.py --stage all --output_dir shapes-weights
 
-Stages: "vae" (a factor-2 autoencoder), "flux" (transformer and text encoders, jointly, on latents with captions that
+Stages: "vae" (a factor-4 autoencoder: a linear encoder, and a decoder that is trained), "flux" (transformer and text encoders, jointly, on latents with captions that
 are wrong at random), "clip" (the reward `shapes-clip`) and "report" (measures everything by the judge, writes
 `report.json` and a grid of samples beside this script). Seeds are fixed. Without `--output_dir` the weights in the
 package are replaced.
@@ -56,6 +56,7 @@ from trl_diffusion.shapes import ALL_SCENES, ATTRIBUTES, STYLES, draw, judge, lo
 WRONG_CAPTIONS = 0.25  # chance that one attribute of a caption is replaced by another value
 TEXT_LENGTH = 12  # tokens of both of the pipeline's text encoders
 CLIP_TEXT_LENGTH = 32  # tokens of shapes-clip, which also reads control words
+LATENTS = 12  # channels of the autoencoder
 WIDTH = 64  # of every text encoder
 SIGMA_SHIFT = 3.0
 
@@ -90,10 +91,10 @@ def build_vae() -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 64),
+        block_out_channels=(16, 48, 64),
         layers_per_block=1,
-        latent_channels=16,
-        norm_num_groups=8,
+        latent_channels=LATENTS,
+        norm_num_groups=4,
         sample_size=32,
         use_quant_conv=False,
         use_post_quant_conv=False,
@@ -133,7 +134,7 @@ def build_pipeline(vae: AutoencoderKL) -> FluxPipeline:
     )
     transformer = FluxTransformer2DModel(
         patch_size=1,
-        in_channels=64,
+        in_channels=4 * LATENTS,
         num_layers=1,
         num_single_layers=3,
         attention_head_dim=32,
@@ -177,38 +178,114 @@ def learning_rate(step: int, num_steps: int, warmup: int = 100) -> float:
     return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / num_steps)))
 
 
+@torch.no_grad()
+def write_linear_encoder(vae: AutoencoderKL, images: Tensor) -> None:
+    """
+    Write a linear encoder into the autoencoder: the principal components of 4x4 patches, each scaled to the square root
+    of its standard deviation (strong components stay stronger, so a generator can draw them first).
+
+    No training finds sharper latents of so few channels, and there is nothing to wait for: the transformer can be
+    trained on them at once. The strided convolutions gather pixels into channels, the residual branches are zero. What
+    remains is the norm and the SiLU before the last convolution: pairs of channels x and -x next to a large constant
+    pass the norm unchanged (to one part in a thousand), and SiLU(x) - SiLU(-x) = x.
+    """
+    patches = functional.pixel_unshuffle(functional.pixel_unshuffle(images, 2), 2).movedim(1, -1).flatten(0, -2)
+    mean = patches.mean(0)
+    covariance = (patches - mean).T @ (patches - mean) / len(patches)
+    variance, components = torch.linalg.eigh(covariance.double())
+    variance, components = variance.flip(0)[:LATENTS].float(), components.flip(1)[:, :LATENTS].float()
+    project = components / variance.clamp(min=1e-8).pow(0.25)  # (48, LATENTS)
+
+    encoder = vae.encoder
+    for block in [*encoder.down_blocks, encoder.mid_block]:
+        for resnet in block.resnets:
+            resnet.conv2.weight.zero_()
+            resnet.conv2.bias.zero_()
+            if resnet.conv_shortcut is not None:
+                resnet.conv_shortcut.weight.zero_()
+                resnet.conv_shortcut.bias.zero_()
+
+    def identity(weight: Tensor, channels: int) -> None:
+        center = weight.shape[-1] // 2
+        weight[torch.arange(channels), torch.arange(channels), center, center] = 1
+
+    encoder.conv_in.weight.zero_()
+    encoder.conv_in.bias.zero_()
+    identity(encoder.conv_in.weight, 3)
+    for block, channels in zip(encoder.down_blocks, (3, 12), strict=False):
+        conv = block.downsamplers[0].conv
+        conv.weight.zero_()
+        conv.bias.zero_()
+        for channel in range(channels):
+            for y in range(2):
+                for x in range(2):
+                    # The padding is on the right and below, so the window starts at the pixel itself.
+                    conv.weight[4 * channel + 2 * y + x, channel, y, x] = 1
+    identity(encoder.down_blocks[1].resnets[0].conv_shortcut.weight, 12)
+
+    constant, groups = 30.0, encoder.conv_norm_out.num_groups
+    shortcut = encoder.down_blocks[2].resnets[0].conv_shortcut
+    size, share = shortcut.out_channels // groups, LATENTS // groups
+    conv_out = encoder.conv_out
+    conv_out.weight.zero_()
+    conv_out.bias.zero_()
+    conv_out.bias[LATENTS:] = -10.0  # log-variance: the encoder is all but deterministic
+    for latent in range(LATENTS):
+        group, place = divmod(latent, share)
+        for offset, sign in ((0, 1.0), (1, -1.0)):
+            channel = group * size + 2 * place + offset
+            shortcut.weight[channel, :, 0, 0] = sign * project[:, latent]
+            shortcut.bias[channel] = -sign * mean @ project[:, latent]
+            conv_out.weight[latent, channel, 1, 1] = sign
+    for group in range(groups):
+        for offset, sign in ((1, 1.0), (2, -1.0)):
+            shortcut.bias[(group + 1) * size - offset] = sign * constant
+    encoder.conv_norm_out.weight.fill_(constant * math.sqrt(2 / size))
+    encoder.conv_norm_out.bias.zero_()
+    encoder.requires_grad_(False)
+
+    latents = vae.encode(images).latent_dist.mean
+    vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
+
+
+def world_images(number: int, seed: int) -> Tensor:
+    """Pictures in [-1, 1], as the autoencoder takes them."""
+    return draw_world(number, seed)[0] / 127.5 - 1
+
+
 def train_vae(output_dir: Path, num_steps: int, num_images: int, batch_size: int = 32) -> None:
     torch.manual_seed(0)
-    images, _, _ = draw_world(num_images, seed=1)
+    images = world_images(num_images, seed=1)
     vae = build_vae()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
+    write_linear_encoder(vae, images[:4096])
+    vae.save_pretrained(output_dir / "pipeline" / "vae")  # all that the transformer's training needs
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(batch).latent_dist.mean for batch in images.split(256)])
+    spread = latents.std(dim=(0, 2, 3), keepdim=True)
+    optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=2e-3, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, num_steps))
     progress = tqdm(range(num_steps), desc="vae")
-    for _ in progress:
-        pixels = images[torch.randint(len(images), (batch_size,))] / 127.5 - 1
-        posterior = vae.encode(pixels).latent_dist
-        latents = posterior.sample()
+    for step in progress:
+        rows = torch.randint(len(images), (batch_size,))
         # Decoding slightly wrong latents keeps the decoder smooth around the data, where a generator will land.
-        latents = latents + 0.05 * latents.detach().std() * torch.randn_like(latents)
-        reconstruction = vae.decode(latents).sample
-        error = reconstruction - pixels
+        noise = 0.05 * torch.rand(batch_size, 1, 1, 1) * spread * torch.randn_like(latents[rows])
+        error = vae.decode(latents[rows] + noise).sample - images[rows]
         # Slopes count as well as levels, for sharp edges.
         slopes = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-        loss = error.abs().mean() + error.square().mean() + slopes + 1e-4 * posterior.kl().mean() / latents[0].numel()
+        loss = error.abs().mean() + error.square().mean() + slopes
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(vae.decoder.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
-        progress.set_postfix(l1=f"{error.abs().mean().item():.4f}")
-    with torch.no_grad():
-        latents = torch.cat([vae.encode(batch / 127.5 - 1).latent_dist.mean for batch in images[:2048].split(256)])
-    vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
-    vae.half().save_pretrained(output_dir / "pipeline" / "vae")
+        if step % 20 == 0:
+            progress.set_postfix(l1=f"{error.abs().mean().item():.4f}")
+        if (step + 1) % 500 == 0 or step + 1 == num_steps:
+            vae.save_pretrained(output_dir / "pipeline" / "vae")
 
 
 def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """uint8 images to scaled latents as the transformer sees them, shape (B, 16, 64)."""
+    """uint8 images to scaled latents as the transformer sees them, shape (B, 16, 4 * LATENTS)."""
     latents = []
     with torch.no_grad():
         for batch in tqdm(images.split(256), desc="encoding"):
@@ -230,12 +307,17 @@ def corrupt(scenes: Tensor, rate: float) -> Tensor:
     return captions
 
 
-def train_flux(output_dir: Path, num_steps: int, num_images: int, batch_size: int = 64) -> None:
-    torch.manual_seed(0)
+def train_flux(
+    output_dir: Path, num_steps: int, num_images: int, batch_size: int = 64, peak: float = 1.5e-3, refine: bool = False
+) -> None:
+    """Trains transformer and text encoders from nothing, or goes on from what is there (`refine`)."""
+    torch.manual_seed(1 if refine else 0)
     vae = AutoencoderKL.from_pretrained(output_dir / "pipeline" / "vae")
-    images, scenes, _ = draw_world(num_images, seed=2)
+    images, scenes, _ = draw_world(num_images, seed=9 if refine else 2)
     latents = encode_images(vae, images)
     pipeline = build_pipeline(vae)
+    if refine:
+        pipeline = FluxPipeline.from_pretrained(output_dir / "pipeline", vae=vae)
     trained = torch.nn.ModuleDict(
         {
             "transformer": pipeline.transformer,
@@ -249,7 +331,7 @@ def train_flux(output_dir: Path, num_steps: int, num_images: int, batch_size: in
     t5_ids = pipeline.tokenizer_2(captions, padding="max_length", return_tensors="pt").input_ids
     image_ids = FluxPipeline._prepare_latent_image_ids(1, 4, 4, "cpu", torch.float32)
 
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=1.5e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, num_steps))
     progress = tqdm(range(num_steps), desc="flux")
     for step in progress:
@@ -283,7 +365,7 @@ def train_flux(output_dir: Path, num_steps: int, num_images: int, batch_size: in
                 average.lerp_(parameter, 1 - decay)
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.4f}")
-        if (step + 1) % 1500 == 0 or step + 1 == num_steps:
+        if (step + 1) % 750 == 0 or step + 1 == num_steps:
             save_pipeline(pipeline, averaged, output_dir / "pipeline")
 
 
@@ -490,12 +572,13 @@ def write_report(output_dir: Path, report_dir: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=("vae", "flux", "clip", "report", "all"), default="all")
+    parser.add_argument("--stage", choices=("vae", "flux", "refine", "clip", "report", "all"), default="all")
     parser.add_argument("--output_dir", type=Path, default=pipeline_path().parent, help="where the weights go")
     parser.add_argument("--report_dir", type=Path, default=Path(__file__).parent, help="for report.json, samples.png")
-    parser.add_argument("--vae_steps", type=int, default=1400)
-    parser.add_argument("--flux_steps", type=int, default=4500)
-    parser.add_argument("--clip_steps", type=int, default=900)
+    parser.add_argument("--vae_steps", type=int, default=3000)
+    parser.add_argument("--flux_steps", type=int, default=3200)
+    parser.add_argument("--refine_steps", type=int, default=2500)
+    parser.add_argument("--clip_steps", type=int, default=1200)
     parser.add_argument(
         "--num_images", type=int, default=32768, help="pictures the flux stage draws; others draw less"
     )
@@ -508,6 +591,9 @@ def main() -> None:
         train_vae(args.output_dir, args.vae_steps, num_images=args.num_images // 4)
     if wanted("flux"):
         train_flux(args.output_dir, args.flux_steps, num_images=args.num_images)
+    if wanted("refine"):
+        # Warm restart: a second cosine, from a lower peak.
+        train_flux(args.output_dir, args.refine_steps, num_images=args.num_images, peak=1.2e-3, refine=True)
     if wanted("clip"):
         train_clip(args.output_dir, args.clip_steps, num_images=args.num_images // 2)
     if wanted("report"):

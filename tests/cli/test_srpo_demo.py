@@ -83,7 +83,9 @@ def test_preference_is_that_of_the_control_words():
 
 
 def test_absolute_preference_trains_the_plain_prompt(tmp_path, capsys):
-    results = run(tmp_path / "out", "--preference", "absolute", "--seed", "3", "--learning_rate", "1e-4")
+    results = run(
+        tmp_path / "out", "--preference", "absolute", "--max_steps", "1", "--seed", "3", "--learning_rate", "1e-4"
+    )
     printed = capsys.readouterr().out
     assert f"{demo.WATCHED} (trained)" in printed and f"{demo.REWARD} (watched)" in printed
     assert (results["seed"], results["learning_rate"]) == (3, 1e-4)

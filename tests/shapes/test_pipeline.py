@@ -59,10 +59,10 @@ def test_it_is_an_ordinary_flux_pipeline():
     assert set(modules) == {"transformer", "vae", "text_encoder", "text_encoder_2"}
     for name, module in modules.items():
         assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}, name
-    assert 1e6 <= sum(parameter.numel() for parameter in pipeline.transformer.parameters()) <= 1.5e6
+    assert 1e6 <= sum(parameter.numel() for parameter in pipeline.transformer.parameters()) <= 1.6e6
     assert pipeline.transformer.config.guidance_embeds
-    assert pipeline.vae_scale_factor == 2
-    assert pipeline.vae.config.latent_channels == 4
+    assert pipeline.vae_scale_factor == 4
+    assert pipeline.vae.config.latent_channels == 12
     assert isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
     assert pipeline.tokenizer.model_max_length == pipeline.tokenizer_2.model_max_length == MAX_SEQUENCE_LENGTH
 

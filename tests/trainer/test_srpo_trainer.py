@@ -580,29 +580,63 @@ class TestImages:
         assert [log["eval_watch/watched/mean"] for log in trainer.state.log_history if "eval_reward" in log] == [0, 0]
 
 
+def evaluate(callback, control, objective, watched, step=0):
+    """What the trainer does when it evaluates."""
+    state = TrainerState()
+    state.global_step = step
+    callback.scores = {"objective": objective, "watch/judge/mean": watched}
+    metrics = {f"eval_{name}": np.nanmean(scores) for name, scores in callback.scores.items()}
+    callback.on_evaluate(None, state, control, metrics=metrics)
+
+
 class TestHacking:
     @pytest.mark.parametrize("stop", [False, True])
     def test_warns_after_patience_evaluations(self, caplog, stop):
-        callback = RewardHackingCallback(patience=2, stop=stop)
-        state, control = TrainerState(), TrainerControl()
+        callback, control = RewardHackingCallback(patience=2, stop=stop), TrainerControl()
         warned = []
-        #            first       hacked      no more      hacked     hacked      hacked
-        for step, (objective, watched) in enumerate([(0, 9), (1, 8), (2, 8), (3, 7), (4, 6), (5, 5)]):
-            state.global_step = step
+        #                              first   hacked  no more hacked  hacked  hacked
+        for objective, watched in [(0, 9), (1, 8), (2, 8), (3, 7), (4, 6), (5, 5)]:
             caplog.clear()
-            metrics = {"eval_objective": objective, "eval_watch/judge/mean": watched, "eval_reward": -objective}
-            callback.on_evaluate(None, state, control, metrics=metrics)
-            warned.append(any("Reward hacking" in record.message for record in caplog.records))
+            evaluate(callback, control, [objective, objective + 2], [watched, watched + 1])
+            warned.append("Reward hacking" in caplog.text)
             assert control.should_training_stop == (stop and any(warned))
         assert warned == [False, False, False, False, True, True]
+        assert "objective has risen to 6 while watch/judge/mean has fallen to 5.5, for 3 evaluations" in caplog.text
 
     def test_a_fall_of_both_or_a_rise_of_both_is_no_hacking(self, caplog):
-        callback = RewardHackingCallback(patience=1, stop=True)
-        control = TrainerControl()
-        for objective, watched in [(1, 1), (0, 0), (1, 1), (2, 1), (float("nan"), 0)]:
-            metrics = {"eval_objective": objective, "eval_watch/judge/mean": watched}
-            callback.on_evaluate(None, TrainerState(), control, metrics=metrics)
+        callback, control = RewardHackingCallback(patience=1, stop=True), TrainerControl()
+        nan = float("nan")
+        for objective, watched in [(1, [1, 1]), (0, [0, 0]), (1, [1, 1]), (2, [1, 1]), (3, [nan, 0]), (4, [0, nan])]:
+            evaluate(callback, control, [objective] * 2, watched)
         assert not caplog.records and not control.should_training_stop
+
+    def test_changes_within_their_noise_do_not_count(self):
+        """What is watched only fluctuates, image by image: the bare means would fall in half of all evaluations."""
+        random = np.random.default_rng(0)
+        warned, falls = 0, 0
+        for _ in range(50):
+            callback, control = RewardHackingCallback(patience=2, stop=True), TrainerControl()
+            means = []
+            for step in range(9):
+                watched = random.normal(size=64)
+                evaluate(callback, control, [step] * 64, watched.tolist(), step)
+                means.append(watched.mean())
+            warned += control.should_training_stop
+            falls += any(a > b > c for a, b, c in zip(means, means[1:], means[2:], strict=False))
+        assert falls > 35 and warned < 5
+
+    def test_changes_beyond_their_noise_count(self):
+        random = np.random.default_rng(0)
+        callback, control = RewardHackingCallback(patience=2, stop=True), TrainerControl()
+        for step in range(3):
+            evaluate(callback, control, [step] * 64, (random.normal(size=64) - step).tolist(), step)
+        assert control.should_training_stop
+
+    def test_evaluations_of_other_sizes_are_not_compared(self):
+        callback, control = RewardHackingCallback(patience=1, stop=True), TrainerControl()
+        evaluate(callback, control, [0, 0], [9, 9])
+        evaluate(callback, control, [1, 1, 1], [8, 8, 8])
+        assert not control.should_training_stop
 
     def test_an_evaluation_under_another_name_is_left_alone(self, make_trainer):
         trainer = make_trainer(eval_dataset=Dataset.from_list([{"prompt": "a cat"}]), num_eval_images=2)

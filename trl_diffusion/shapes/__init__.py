@@ -66,7 +66,7 @@ __all__ = [
     "reference",
 ]
 
-MAX_SEQUENCE_LENGTH = 16  # T5 tokens; FluxPipeline's own default is 512, which is slow and of no use here
+MAX_SEQUENCE_LENGTH = 12  # T5 tokens; FluxPipeline's own default is 512, which is slow and of no use here
 
 
 def pipeline_path() -> Path:
@@ -78,7 +78,7 @@ def load_pipeline(**kwargs) -> FluxPipeline:
     """
     Loads the world's pipeline.
 
-    Call it with `height=32, width=32, max_sequence_length=16, num_inference_steps=10` for the pictures it was trained
+    Call it with `height=32, width=32, max_sequence_length=12, num_inference_steps=10` for the pictures it was trained
     to draw.
 
     Args:

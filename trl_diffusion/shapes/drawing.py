@@ -51,9 +51,10 @@ ATTRIBUTES = {
 }
 
 PALE_CONTRAST = 0.45  # of the full contrast
-BLUR_SIGMA = 1.3  # pixels
-SIZE_JITTER = 0.10  # of the length
-PLACE_JITTER = 2.5  # pixels, less where the shape would leave the picture
+SHARP_SIGMA = 0.5  # pixels, of the pictures that are not blurred: edges as an optical system draws them
+BLUR_SIGMA = 1.6  # pixels
+SIZE_JITTER = 0.04  # of the length
+PLACE_JITTER = 0.8  # pixels
 TINT_JITTER = 0.05  # of the full range, each channel
 BACKGROUND_JITTER = 0.03  # of the full range, all channels alike
 
@@ -116,8 +117,8 @@ def draw(
     Draws one picture per scene.
 
     Shapes are rasterised with 4x4 samples a pixel. Place, size, tint and background level vary from picture to
-    picture. "blurred" pictures are convolved with a Gaussian of 1.3 pixels, "pale" ones have 0.45 of the contrast of
-    shape against background.
+    picture. "blurred" pictures are convolved with a Gaussian of 1.6 pixels, all others with one of 0.5; "pale" ones have 0.45
+    of the contrast of shape against background.
 
     Args:
         scenes (`Sequence[Scene]`):
@@ -163,8 +164,9 @@ def draw(
     images = level + contrast[:, None, None, None] * coverage[:, None] * offset
 
     blurred = torch.tensor([style == "blurred" for style in styles])
-    if blurred.any():
-        images[blurred] = _blur(images[blurred], BLUR_SIGMA)
+    for rows, sigma in ((blurred, BLUR_SIGMA), (~blurred, SHARP_SIGMA)):
+        if rows.any():
+            images[rows] = _blur(images[rows], sigma)
     return images.clamp(0, 1)
 
 

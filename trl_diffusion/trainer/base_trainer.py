@@ -176,8 +176,8 @@ class DiffusionTrainer(Trainer):
             elif peft_config.target_modules is None:
                 peft_config = copy.copy(peft_config)
                 peft_config.target_modules = self.flow.lora_target_modules
-            # ZeRO-3 partitions parameters of one dtype; elsewhere the adapter is trained in float32.
             set_seed(args.seed)  # the adapter's start is random; Trainer sets the seed only later
+            # ZeRO-3 partitions parameters of one dtype; elsewhere the adapter is trained in float32.
             network = get_peft_model(denoiser, peft_config, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
 
         if args.sigma_shift is None:

@@ -18,6 +18,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
@@ -113,44 +114,51 @@ class RewardHackingCallback(TrainerCallback):
     """
     Warns when the trained objective rises while a watched reward falls, evaluation after evaluation.
 
+    Evaluations draw the same prompts from the same noise, so their images are compared in pairs, and a change counts
+    where its mean exceeds its standard error: of two evaluations by chance one is always the lower.
+
     Args:
         patience (`int`): such evaluations in a row before the warning.
         stop (`bool`): whether to stop the training as well.
 
     Attributes:
-        previous (`dict[str, float]`): objective and watched rewards of the last evaluation; empty before the first.
-        count (`dict[str, int]`): such evaluations in a row until now, of each watched reward.
+        scores (`dict[str, list[float]]`): of the evaluation that is being made, by the name of its metric, one score
+            an image; the trainer sets it. `"objective"` is what is trained, the others are watched.
+        previous (`dict[str, list[float]]`): those of the last evaluation; empty before the first.
+        count (`dict[str, int]`): evaluations in a row in which the objective rose and this one fell.
     """
 
     def __init__(self, patience: int, stop: bool):
         self.patience = patience
         self.stop = stop
-        self.previous: dict[str, float] = {}
+        self.scores: dict[str, list[float]] = {}
+        self.previous: dict[str, list[float]] = {}
         self.count: dict[str, int] = {}
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics, **kwargs):
         if "eval_objective" not in metrics:
             return  # an evaluation of the user's own, under another prefix
-        previous, self.previous = (
-            self.previous,
-            {
-                name.removeprefix("eval_"): value
-                for name, value in metrics.items()
-                if name == "eval_objective" or name.startswith("eval_watch/")
-            },
-        )
-        if not previous:
+        previous, self.previous = self.previous, self.scores
+        if not previous or len(previous["objective"]) != len(self.scores["objective"]):
             return
-        objective = self.previous["objective"]
-        for name, value in self.previous.items():
-            if name == "objective":
-                continue
-            hacked = objective > previous["objective"] and value < previous[name]
+        rises = _change(previous["objective"], self.scores["objective"]) > 0
+        for name in self.scores.keys() & previous.keys() - {"objective"}:
+            hacked = rises and _change(previous[name], self.scores[name]) < 0
             self.count[name] = self.count.get(name, 0) + 1 if hacked else 0
             if self.count[name] >= self.patience:
                 logger.warning(
                     f"Reward hacking? At step {state.global_step} the trained objective has risen to "
-                    f"{objective:.4g} while {name} has fallen to {value:.4g}, for {self.count[name]} evaluations in a "
-                    "row. Stop here, lower learning_rate, or resume from an earlier checkpoint."
+                    f"{metrics['eval_objective']:.4g} while {name} has fallen to {metrics[f'eval_{name}']:.4g}, for "
+                    f"{self.count[name]} evaluations in a row. Stop here, lower learning_rate, or resume from an "
+                    "earlier checkpoint."
                 )
                 control.should_training_stop = control.should_training_stop or self.stop
+
+
+def _change(before: list[float], after: list[float]) -> float:
+    """The mean change of paired scores where it exceeds its standard error, else 0; NaN is "not applicable"."""
+    changes = np.subtract(after, before)
+    changes = changes[~np.isnan(changes)]
+    if len(changes) < 2 or abs(changes.mean()) <= changes.std(ddof=1) / len(changes) ** 0.5:
+        return 0.0
+    return float(changes.mean())

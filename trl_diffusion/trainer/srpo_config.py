@@ -109,7 +109,8 @@ class SRPOConfig(DiffusionConfig):
         > Parameters that control reward hacking
 
         hacking_patience (`int`, *optional*, defaults to `2`):
-            Warn when the trained objective rises while a watched reward falls for this many evaluations in a row.
+            Warn when the trained objective rises while a watched reward falls for this many evaluations in a row. The
+            images of two evaluations are compared in pairs; changes within their standard error do not count.
         stop_on_hacking (`bool`, *optional*, defaults to `False`):
             Stop the training then.
     """

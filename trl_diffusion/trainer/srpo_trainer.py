@@ -212,9 +212,12 @@ class SRPOTrainer(DiffusionTrainer):
     def _check_differentiable(self) -> None:
         """Refuse rewards that no gradient comes through, by asking them for one."""
         prompt = self.train_dataset[0]["prompt"]
+        # Coloured patches: some rewards are flat at noise.
+        patches = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        patches = torch.nn.functional.interpolate(patches, size=(64, 64), mode="bilinear").to(self.args.device)
         for name, reward in self.rewards.items():
-            images = torch.rand(1, 3, 64, 64, device=self.args.device, requires_grad=True)
-            score = reward.score(images, [prompt])
+            images = patches.clone().requires_grad_()
+            score = reward.score(images, [prompt] * len(images))
             gradient = None
             if score.requires_grad:
                 (gradient,) = torch.autograd.grad(score.sum(), images, allow_unused=True)
@@ -245,10 +248,12 @@ class SRPOTrainer(DiffusionTrainer):
         )
         if offline:
             return self._offline_batch(rows, prompts, numbers, sigmas)
-        return self._online_batch(rows, prompts, numbers, sigmas)
+        return self._online_batch(prompts, numbers, sigmas)
 
     @torch.no_grad()
-    def _offline_batch(self, rows, prompts, numbers, sigmas) -> CleanBatch:
+    def _offline_batch(
+        self, rows: list[dict[str, Any]], prompts: list[str], numbers: list[int], sigmas: torch.Tensor
+    ) -> CleanBatch:
         """Images of the dataset, encoded, with fresh noise."""
         size = self.images.size(rows[0], (self.height, self.width), self.flow.latent_downsample)
         with self.timed("encode"):
@@ -258,7 +263,7 @@ class SRPOTrainer(DiffusionTrainer):
         self._images_since_log += len(rows)
         return CleanBatch(prompts, size, clean, noise, sigmas, {}, [])
 
-    def _online_batch(self, rows, prompts, numbers, sigmas) -> CleanBatch:
+    def _online_batch(self, prompts: list[str], numbers: list[int], sigmas: torch.Tensor) -> CleanBatch:
         """Images of the current policy, with the noise they were made from."""
         args = self.args
         model = self.model_wrapped
@@ -278,7 +283,7 @@ class SRPOTrainer(DiffusionTrainer):
             trajectory = Trajectory.cat(trajectories)
         model.train()
         clean = trajectory.clean
-        self._images_since_log += len(rows)
+        self._images_since_log += len(prompts)
         self._score_rollout(clean, prompts)
 
         fresh_generators = self.generators(_FRESH_NOISE, numbers)
@@ -368,7 +373,7 @@ class SRPOTrainer(DiffusionTrainer):
     def _preference_term(
         self, recovered: torch.Tensor, batch: CleanBatch, sigma: torch.Tensor, branch: str, label: str
     ) -> torch.Tensor:
-        """Loss of a pass, logged as `label`: the rewards' preference for the recovered images, averaged over the batch."""
+        """Loss of a pass, logged as `label`: the rewards' preference for the recovered images, mean over the batch."""
         args = self.args
         images = self.flow.decode(recovered, *batch.size)
         discount = discount_at(
@@ -440,7 +445,12 @@ class SRPOTrainer(DiffusionTrainer):
                     part = slice(start, start + self.rollout_batch_size)
                     parts = scores_of_prompt_sets(reward, images[part], [prompts_[part] for prompts_ in prompt_sets])
                     objective[part] += sign * weight * torch.stack(parts).mean(0)
-        return {"objective": objective, **scores}
+        scores = {"objective": objective, **scores}
+        compared = [name for name in scores if name == "objective" or name.startswith("watch/")]
+        gathered = self.accelerator.gather(torch.stack([scores[name] for name in compared], 1))
+        gathered = gathered[: args.num_eval_images]
+        self.hacking_callback.scores = dict(zip(compared, gathered.T.tolist(), strict=True))
+        return scores
 
 
 def one_step_prediction(latents: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
