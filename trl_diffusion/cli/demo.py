@@ -48,7 +48,7 @@ NUMBERS = (WATCHED, PREFERENCE, *STYLE_MEASURES)  # measures that are no shares
 CONFIG = {
     "height": 32,
     "width": 32,
-    "num_inference_steps": 10,  # = T
+    "num_inference_steps": 6,  # = T
     "guidance_scale": 3.5,
     "sigma_shift": 3.0,
     "sde_type": "flow",
@@ -56,11 +56,11 @@ CONFIG = {
     "num_generations": 8,  # = G
     "per_device_train_batch_size": 48,  # 6 prompts x 8 images, one optimizer step each: strictly on-policy
     "gradient_accumulation_steps": 1,
-    "chunk_sizes": [1, 2, 2, 4],
-    "chunk_fraction": 0.5,
-    "max_steps": 100,
-    "learning_rate": 4e-4,
-    "lr_scheduler_type": "constant",
+    "chunk_sizes": [1, 2, 2],
+    "chunk_sampling": [0, 1],  # the noisy steps decide on what is in a picture
+    "max_steps": 300,
+    "learning_rate": 2e-3,
+    "lr_scheduler_type": "linear",
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
     "gradient_checkpointing": False,
