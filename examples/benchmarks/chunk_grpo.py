@@ -128,8 +128,13 @@ def random_flux(arguments: argparse.Namespace) -> FluxPipeline:
         vae=vae,
         text_encoder=CLIPTextModel(
             CLIPTextConfig(
-                vocab_size=len(world.tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1,
-                num_attention_heads=1, projection_dim=64, eos_token_id=world.tokenizer.eos_token_id,
+                vocab_size=len(world.tokenizer),
+                hidden_size=64,
+                intermediate_size=64,
+                num_hidden_layers=1,
+                num_attention_heads=1,
+                projection_dim=64,
+                eos_token_id=world.tokenizer.eos_token_id,
             )  # fmt: skip
         ),
         tokenizer=world.tokenizer,

@@ -71,7 +71,9 @@ def test_unknown_setting(tmp_path):
 
 
 def test_unknown_preset():
-    with pytest.raises(ValueError, match=r"no preset 'grpo'. Choose one of \['chunk_grpo', 'dance_grpo', 'flow_grpo'\]"):
+    with pytest.raises(
+        ValueError, match=r"no preset 'grpo'. Choose one of \['chunk_grpo', 'dance_grpo', 'flow_grpo'\]"
+    ):
         ChunkGRPOConfig.preset("grpo")
 
 
@@ -153,7 +155,9 @@ def test_unsupported_family(make_trainer, tmp_path):
                        up_block_types=("UpBlock2D",), norm_num_groups=8)  # fmt: skip
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
     start = time.perf_counter()
-    with pytest.raises(ValueError, match="DDPMPipeline.*not supported. Supported: FluxPipeline, StableDiffusion3Pipeline"):
+    with pytest.raises(
+        ValueError, match="DDPMPipeline.*not supported. Supported: FluxPipeline, StableDiffusion3Pipeline"
+    ):
         make_trainer(model=str(tmp_path / "ddpm"))
     assert time.perf_counter() - start < 5
 
@@ -165,7 +169,11 @@ def test_unsupported_family(make_trainer, tmp_path):
         (lambda images, prompts, **kw: "good", TypeError, "returned 'good'"),
         (lambda images, prompts, **kw: [float("inf")] * len(prompts), ValueError, "returned inf for the prompt 'a "),
         (lambda images, prompts, **kw: 1 / 0, RuntimeError, "raised ZeroDivisionError.*'a "),
-        (lambda images, prompts, **kw: [None] * len(prompts), ValueError, "Every reward of generation 0 is None or NaN"),
+        (
+            lambda images, prompts, **kw: [None] * len(prompts),
+            ValueError,
+            "Every reward of generation 0 is None or NaN",
+        ),
     ],
     ids=["count", "string", "infinity", "raises", "all-none"],
 )

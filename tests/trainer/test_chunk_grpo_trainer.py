@@ -49,7 +49,9 @@ def perturb(trainer, scale=0.02, seed=0):
 class TestRun:
     @pytest.mark.parametrize("family", ["flux", "sd3"])
     def test_trains_logs_and_saves(self, make_trainer, family, tmp_path):
-        trainer = make_trainer(family, guidance_scale=3.0, watch_reward_funcs=[redness], save_strategy="steps", save_steps=2)
+        trainer = make_trainer(
+            family, guidance_scale=3.0, watch_reward_funcs=[redness], save_strategy="steps", save_steps=2
+        )
         before = trainable(trainer)
         trainer.train()
         assert any((before[name] != weight).any() for name, weight in trainable(trainer).items())
@@ -352,7 +354,6 @@ class TestResume:
             assert torch.equal(weight, trainable(resumed)[name]), name
         rewards = [[log["reward"] for log in t.state.log_history if "reward" in log] for t in (whole, resumed)]
         assert rewards[0] == rewards[1]
-
 
     def test_a_save_that_fails_leaves_the_last_whole_checkpoint(self, make_trainer, tmp_path):
         settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "log_samples": False}

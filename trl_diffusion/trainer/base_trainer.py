@@ -673,7 +673,9 @@ class DiffusionTrainer(Trainer):
                 self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
             publish(staging / name, run_folder / name)
             staging.rmdir()
-            rotate_checkpoints(str(run_folder), args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+            rotate_checkpoints(
+                str(run_folder), args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            )
         if args.push_to_hub:
             self._push_from_checkpoint(str(run_folder / name))
 

@@ -274,9 +274,7 @@ class ChunkGRPOConfig(DiffusionConfig):
             elif sizes.isdecimal():
                 sizes = [int(sizes)]
             elif sizes != "temporal":
-                raise ValueError(
-                    f"chunk_sizes must be a list of sizes, 'equal:N' or 'temporal', got {sizes!r}."
-                )
+                raise ValueError(f"chunk_sizes must be a list of sizes, 'equal:N' or 'temporal', got {sizes!r}.")
         if sizes == "temporal":
             if self.num_chunks < 1 or self.min_chunk_size < 1:
                 raise ValueError(
@@ -319,9 +317,7 @@ class ChunkGRPOConfig(DiffusionConfig):
                     f"chunk_sampling must be 'uniform', 'temporal' or a list of chunk indices, got {sampling!r}."
                 ) from error
             if not indices or len(set(indices)) != len(indices) or not 0 <= indices[0] <= indices[-1] < num_chunks:
-                raise ValueError(
-                    f"chunk_sampling {sampling!r} must name distinct chunks among 0 to {num_chunks - 1}."
-                )
+                raise ValueError(f"chunk_sampling {sampling!r} must name distinct chunks among 0 to {num_chunks - 1}.")
             sampling = indices
         self.chunk_sampling = sampling
 
