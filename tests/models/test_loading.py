@@ -93,7 +93,7 @@ def test_the_embedded_world():
     assert flow_model.default_size == (32, 32)
     assert flow_model.dtype == torch.float32
     flow_model.check_size(*flow_model.default_size)
-    assert flow_model.max_sequence_length == 16
+    assert flow_model.max_sequence_length == 12
     images = torch.rand(1, 3, 32, 32)
     assert flow_model.decode(flow_model.encode_image(images), 32, 32).shape == images.shape
 

@@ -106,7 +106,10 @@ def test_the_base_model_binds_attributes_imperfectly(pipeline):
     prompts = list(load_dataset("test")["prompt"]) * 12
     images = torch.cat([sample(pipeline, prompts[start : start + 72], seed=start) for start in range(0, 432, 72)])
     measures = judge(images, prompts)
-    assert 0.20 <= measures["all_attributes"].mean() <= 0.50
+    # Between 20 % and 50 %, as far as 432 images can tell: two standard errors are 4 %.
+    right = measures["all_attributes"]
+    error = right.std(ddof=1) / len(right) ** 0.5
+    assert 0.20 - 2 * error <= right.mean() <= 0.50 + 2 * error
     chance = {"background": 1 / 3, "color": 1 / 6, "size": 1 / 2, "shape": 1 / 4}
     for attribute, share in chance.items():
         assert share + 0.15 <= measures[attribute].mean() <= 0.95, attribute
