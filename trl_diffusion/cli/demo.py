@@ -58,7 +58,7 @@ CONFIG = {
     "gradient_accumulation_steps": 1,
     "chunk_sizes": [1, 2, 2],
     "chunk_sampling": [0, 1],  # the noisy steps decide on what is in a picture
-    "max_steps": 300,
+    "max_steps": 240,
     "learning_rate": 2e-3,
     "lr_scheduler_type": "linear",
     "weight_decay": 0.0,
