@@ -15,7 +15,6 @@
 """Bad input ends early, with an error that names the value and the remedy."""
 
 import os
-import time
 
 import pytest
 import torch
@@ -154,12 +153,12 @@ def test_unsupported_family(make_trainer, tmp_path):
     unet = UNet2DModel(sample_size=8, block_out_channels=(32,), down_block_types=("DownBlock2D",),
                        up_block_types=("UpBlock2D",), norm_num_groups=8)  # fmt: skip
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
-    start = time.perf_counter()
+    for weights in tmp_path.rglob("*.safetensors"):
+        weights.unlink()  # so that loading them would be another error
     with pytest.raises(
         ValueError, match="DDPMPipeline.*not supported. Supported: FluxPipeline, StableDiffusion3Pipeline"
     ):
         make_trainer(model=str(tmp_path / "ddpm"))
-    assert time.perf_counter() - start < 5
 
 
 @pytest.mark.parametrize(
