@@ -126,7 +126,7 @@ def test_plain_pipeline_draws_what_the_demo_measured(short_demo, model):
         prompts,
         height=32,
         width=32,
-        num_inference_steps=10,
+        num_inference_steps=demo.CONFIG["num_inference_steps"],
         guidance_scale=3.5,
         max_sequence_length=shapes.MAX_SEQUENCE_LENGTH,
         generator=[torch.Generator().manual_seed(seed) for seed in range(48)],
