@@ -33,8 +33,7 @@ from trl_diffusion.rewards.preprocessing import (
 )
 
 
-# PIL rounds to 8 bits twice; the weights of the second pass, of both signs, carry the first rounding on.
-STEP = 1.15 / 255
+STEP = 1 / 255 + 1e-6  # float32 holds 8-bit levels to 1e-7
 CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 
 
@@ -48,14 +47,24 @@ def picture(height, width, seed=0):
 
 @pytest.mark.parametrize(
     ("size", "target"),
-    [((64, 48), (20, 15)), ((30, 50), (90, 77)), ((61, 61), (28, 61)), ((33, 70), (33, 28)), ((24, 24), (24, 24))],
+    [
+        ((64, 48), (20, 15)),
+        ((30, 50), (90, 77)),
+        ((61, 61), (28, 61)),
+        ((33, 70), (33, 28)),
+        ((24, 24), (24, 24)),
+        ((84, 31), (56, 22)),  # the height loses more than twice as many pixels: the columns come first
+        ((57, 11), (8, 23)),
+        ((50, 40), (30, 30)),
+    ],
 )
 def test_resize_like_pil(size, target):
     image = picture(*size)
     ours = resize_like_pil(to_tensor([image]), *target)[0]
     pil = to_tensor([image.resize(target[::-1], Image.Resampling.BICUBIC)])[0]
     assert (ours - pil).abs().max() <= STEP
-    assert (ours - pil).abs().mean() <= 0.4 / 255
+    # The picture's stripes of black and white give values between two levels, where float32 tips either way.
+    assert (ours - pil).abs().mean() <= 0.1 / 255
 
 
 def test_one_pass_without_clamp_would_not_do():
@@ -87,6 +96,15 @@ def test_short_side():
     assert short_side_to(117, 176, 56) == (56, 84)
     assert short_side_to(168, 112, 56) == (84, 56)
     assert short_side_to(10, 10, 56) == (56, 56)
+
+
+def test_gradient_passes_the_rounding():
+    images = torch.rand(1, 3, 20, 30, requires_grad=True)
+    weights = torch.randn(1, 3, 11, 13)
+    # In the middle of the range nothing is clamped, and the two passes are one linear map.
+    (gradient,) = torch.autograd.grad((resize_like_pil(images * 0.2 + 0.4, 11, 13) * weights).sum(), images)
+    (expected,) = torch.autograd.grad((resize(images * 0.2 + 0.4, 11, 13) * weights).sum(), images)
+    torch.testing.assert_close(gradient, expected)
 
 
 def test_preprocessing_is_differentiable_and_takes_bfloat16():
