@@ -27,13 +27,13 @@ import griffe
 SECTION = re.compile(r"^(Args|Parameters|Attributes|Returns|Raises):$")
 ITEM = re.compile(r"^    (\w[\w, `*()]*?) (\(.+\)):(.*)$")
 GROUP = re.compile(r"^    > (.+)$")
-REFERENCE = re.compile(r"\[(`[^`]+`)\](?![(\[])")
+REFERENCE = re.compile(r"\[`(?:~[\w.]*\.)?([^`]+)`\](?![(\[])")  # [`~a.b.Name`] shows the last name only
 
 
 def to_markdown(docstring: str) -> str:
     """Turn sections into bold headings, and their entries and groups into lists under subheadings."""
     lines, section = [], None
-    for line in REFERENCE.sub(lambda match: match[1].replace("~", ""), docstring).splitlines():
+    for line in REFERENCE.sub(r"`\1`", docstring).splitlines():
         if match := SECTION.match(line):
             section = match[1]
             lines += [f"**{section}**", ""]
