@@ -35,7 +35,7 @@ from trl_diffusion.cli.main import main
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(
     r"(?P<marker><!-- not run: .+? -->\n+)?^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
@@ -132,7 +132,9 @@ def test_site_builds_without_a_warning(tmp_path):
     # Equations, the API of the trainer, and the parameters of its configuration as a list.
     assert 'class="arithmatex"' in built
     assert 'id="trl_diffusion.trainer.chunk_grpo_trainer.ChunkGRPOTrainer"' in built
-    assert "<strong>num_generations</strong> (<code>int</code>, <em>optional</em>, defaults to <code>8</code>)" in built
+    assert (
+        "<strong>num_generations</strong> (<code>int</code>, <em>optional</em>, defaults to <code>8</code>)" in built
+    )
 
 
 def test_numbers_of_the_readme_are_those_of_the_pages():
