@@ -25,7 +25,7 @@ import griffe
 
 
 SECTION = re.compile(r"^(Args|Parameters|Attributes|Returns|Raises):$")
-ITEM = re.compile(r"^    (\w[\w, `*()]*?) (\(.+\)):(.*)$")
+ITEM = re.compile(r"^    (\w[\w, `*()]*?)( \(.+\)):(.*)$|^    \*\*(\w+):(.*)$")
 GROUP = re.compile(r"^    > (.+)$")
 REFERENCE = re.compile(r"\[`(?:~[\w.]*\.)?([^`]+)`\](?![(\[])")  # [`~a.b.Name`] shows the last name only
 
@@ -43,8 +43,8 @@ def to_markdown(docstring: str) -> str:
         elif match := GROUP.match(line):
             lines += ["", f"*{match[1]}*", ""]
         elif match := ITEM.match(line):
-            name, kind, text = match.groups()
-            lines.append(f"- **{name}** {kind}:{text}")
+            name, kind, text, rest, text_of_rest = match.groups()
+            lines.append(f"- **{name}**{kind}:{text}" if name else rf"- **\*\*{rest}**:{text_of_rest}")
         else:
             lines.append(line.removeprefix("    "))
     return "\n".join(lines)

@@ -35,7 +35,8 @@ from trl_diffusion.cli.main import main
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+OUTSIDE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "configs" / "README.md"]
+PAGES = [*OUTSIDE, *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(
     r"(?P<marker><!-- not run: .+? -->\n+)?^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
@@ -84,7 +85,9 @@ def run_commands(code: str, where: str) -> None:
             pytest.fail(f"{where}: {program!r} is not run by this test. Mark the block: <!-- not run: reason -->")
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if runnable(page)], ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
@@ -107,7 +110,7 @@ def test_blocks_are_found():
     assert shortened("max_steps=50, max_steps: 50, --max_steps 50") == "max_steps=1, max_steps: 1, --max_steps 1"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_fences_and_markers_are_well_formed(page):
     text = page.read_text(encoding="utf-8")
     blocks = blocks_of(page)
@@ -149,7 +152,7 @@ def test_numbers_of_the_readme_are_those_of_the_pages():
             assert re.search(rf"(?<![\d.]){re.escape(number)}(?![\d.]*\d)", text), (number, page)
 
 
-def test_links_of_the_readme_lead_somewhere():
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "configs" / "README.md"):
+def test_links_outside_of_the_site_lead_somewhere():
+    for page in OUTSIDE:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), (page.name, target)
