@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[1]
 OUTSIDE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "configs" / "README.md"]
 PAGES = [*OUTSIDE, *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(
-    r"(?P<marker><!-- not run: .+? -->\n+)?^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+    r"(?P<marker><!-- not run: [^\n]+? -->\n+)?^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 RUN = {"python", "bash", "yaml"}
 
