@@ -25,20 +25,25 @@ import runpy
 import shlex
 import subprocess
 import sys
+import unittest.mock
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 import yaml
+from tiny_models import tiny_sd3_pipeline
 
 from trl_diffusion.cli.main import main
+from trl_diffusion.models import FLOW_MODELS, SD3FlowModel, load_flow_model
 
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "configs" / "README.md"]
 PAGES = [*OUTSIDE, *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(
-    r"(?P<marker><!-- not run: [^\n]+? -->\n+)?^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+    r"(?P<marker><!-- not run: [^\n]+? -->\n+)?^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
 )
 RUN = {"python", "bash", "yaml"}
 
@@ -85,11 +90,8 @@ def run_commands(code: str, where: str) -> None:
             pytest.fail(f"{where}: {program!r} is not run by this test. Mark the block: <!-- not run: reason -->")
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if runnable(page)], ids=lambda page: str(page.relative_to(ROOT))
-)
-def test_blocks_run(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def run_page(page: Path) -> dict:
+    """Runs the blocks of a page in the current folder, and returns the names that its Python blocks have defined."""
     namespace = {"__name__": "__main__"}
     for block in runnable(page):
         where, code = f"{page.relative_to(ROOT)}:{block.line}", shortened(block.code)
@@ -102,6 +104,39 @@ def test_blocks_run(page, tmp_path, monkeypatch):
             # A file says its name in its first line.
             if name := re.match(r"# (\S+\.yaml)\n", code):
                 Path(name[1]).write_text(code, encoding="utf-8")
+    return namespace
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch):
+    """An empty folder, and the families as they were afterwards: a page adds one."""
+    monkeypatch.chdir(tmp_path)
+    with unittest.mock.patch.dict(FLOW_MODELS):
+        yield
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if runnable(page)], ids=lambda page: str(page.relative_to(ROOT))
+)
+def test_blocks_run(page, reader):
+    run_page(page)
+
+
+@torch.no_grad()
+def test_the_family_of_the_page_is_that_of_the_package_without_guidance(reader):
+    pipeline = tiny_sd3_pipeline()
+    expected = SD3FlowModel(pipeline)
+    names = run_page(ROOT / "docs" / "adding_a_family.md")
+    actual = load_flow_model(pipeline)
+    assert type(actual) is names["PlainSD3FlowModel"]
+    latents = actual.draw_noise(2, 16, 32, torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.9, 0.3])
+    velocities = [
+        model.velocity(model.denoiser, latents, sigma, model.encode_prompt(["a cat", "a dog"]), 1.0, 16, 32)
+        for model in (actual, expected)
+    ]
+    torch.testing.assert_close(*velocities, rtol=0, atol=1e-6)
+    assert velocities[0].abs().max() > 0
 
 
 def test_blocks_are_found():
@@ -156,3 +191,15 @@ def test_links_outside_of_the_site_lead_somewhere():
     for page in OUTSIDE:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_the_changelog_keeps_its_form():
+    """That of https://keepachangelog.com: versions, newest first, and in each the kinds of changes."""
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    versions = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert versions[0] == "[Unreleased]"
+    assert all(re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d{2}-\d{2}", version) for version in versions[1:])
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    for section in text.split("\n## ")[1:]:
+        found = re.findall(r"^### (.+)$", section, re.MULTILINE)
+        assert set(found) <= kinds and len(set(found)) == len(found)
