@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 # Written last, so that an installation that was interrupted is done again.
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup demo demo-srpo test lint format clean
+.PHONY: help setup demo demo-srpo test docs lint format clean
 
 help:
 	@echo "make demo       align the small built-in FLUX on this machine and write the results to demo-chunk-grpo/"
 	@echo "make demo-srpo  the same with SRPO, to demo-srpo/"
 	@echo "make test       run the whole test suite"
+	@echo "make docs       build the documentation site into site/"
 	@echo "make lint       check style and formatting"
 	@echo "make format     repair style and formatting"
 	@echo "make clean      remove .venv and build leftovers"
@@ -32,6 +33,9 @@ demo-srpo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,5 +45,5 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache
 	find trl_diffusion tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -76,6 +76,19 @@ class DiffusionConfig(TrainingArguments):
         num_eval_images (`int`, *optional*, defaults to `64`):
             Number of images that an evaluation makes: the prompts of the evaluation dataset in order, repeated with
             other seeds where there are fewer of them.
+
+        > Parameters whose defaults differ from those of [`~transformers.TrainingArguments`]
+
+        learning_rate (`float`, *optional*, defaults to `1e-4`):
+            Initial learning rate of AdamW. The default suits LoRA; the papers train all weights with 1e-5.
+        logging_steps (`float`, *optional*, defaults to `1`):
+            Optimizer steps between two logs; below 1, their share of all steps.
+        bf16 (`bool`, *optional*):
+            Mixed precision in bfloat16. `None` switches it on where the accelerator supports it and `fp16` is not set.
+        remove_unused_columns (`bool`, *optional*, defaults to `False`):
+            The dataset's other columns are passed to the reward functions, so they are kept.
+        report_to (`str` or `list[str]`, *optional*, defaults to `"none"`):
+            Backends to report to: `"tensorboard"`, `"wandb"`, `"trackio"`, ..., `"all"` or `"none"`.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = TrainingArguments._VALID_DICT_FIELDS

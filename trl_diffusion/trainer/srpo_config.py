@@ -113,6 +113,15 @@ class SRPOConfig(DiffusionConfig):
             images of two evaluations are compared in pairs; changes within their standard error do not count.
         stop_on_hacking (`bool`, *optional*, defaults to `False`):
             Stop the training then.
+
+        > Parameters whose defaults differ from those of [`DiffusionConfig`]
+
+        learning_rate (`float`, *optional*, defaults to `1e-4`):
+            Initial learning rate of AdamW. The default suits LoRA; the paper trains all weights with 5e-6.
+        max_grad_norm (`float`, *optional*, defaults to `0.1`):
+            Gradients are clipped to this norm, the paper's value.
+        num_inference_steps (`int`, *optional*, defaults to `25`):
+            Number of sampling steps T of the rollout.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*DiffusionConfig._VALID_DICT_FIELDS, "positive_words", "negative_words"]
