@@ -17,7 +17,8 @@ import json
 import pytest
 
 from trl_diffusion.cli.chunk_grpo import main, make_parser
-from trl_diffusion.cli.training import ScriptArguments, load_prompts
+from trl_diffusion.cli.prompts import load_prompts
+from trl_diffusion.cli.training import ScriptArguments
 
 
 REQUIRED = ["--model_name_or_path", "m", "--dataset_name", "d", "--reward_funcs", "a", "b"]

@@ -24,13 +24,12 @@ accelerate launch -m trl_diffusion.cli chunk_grpo --config run.yaml
 
 from collections.abc import Sequence
 
-from trl import TrlParser
-
 from ..trainer import ChunkGRPOTrainer
 from . import training
+from .parser import CommandParser
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> CommandParser:
     return training.make_parser(ChunkGRPOTrainer, "chunk_grpo", "Chunk-GRPO")
 
 

@@ -16,19 +16,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import yaml
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from peft import LoraConfig
-from trl import TrlParser
 
-from .. import shapes
 from ..trainer import DiffusionTrainer
-
-
-# Prompt files: ending -> builder of `datasets`.
-FILE_BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+from .parser import CommandParser
+from .prompts import load_prompts
 
 
 @dataclass
@@ -37,6 +32,8 @@ class ScriptArguments:
     What to train on what. The settings of the training itself are those of the trainer's configuration.
 
     Args:
+        > Model, prompts and rewards
+
         model_name_or_path (`str`):
             Pipeline to train: a Hub id, a local folder, or `"shapes"` for the built-in model.
         dataset_name (`str`):
@@ -49,10 +46,21 @@ class ScriptArguments:
             Split to train on.
         dataset_test_split (`str`, *optional*, defaults to `"test"`):
             Split to evaluate on; loaded only if `eval_strategy` is not "no".
+        prompt_column (`str`, *optional*, defaults to `"prompt"`):
+            Name of the column that holds the prompts.
+        max_prompts (`int`, *optional*):
+            Use the first so many rows of a split. `None` uses all.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Download no more of the dataset than the first `max_prompts` rows, which must be given.
         reward_funcs (`list[str]`):
             Rewards to maximise: names of rewards, or dotted paths of callables, e.g. `my_package.my_reward`.
         watch_reward_funcs (`list[str]`, *optional*):
             Rewards to measure during training and not to train.
+        preset (`str`, *optional*):
+            Start from the settings of a paper; the file and the command line override them.
+
+        > LoRA
+
         use_peft (`bool`, *optional*, defaults to `True`):
             Train a LoRA; `False` trains all weights of the transformer.
         lora_r (`int`, *optional*):
@@ -84,8 +92,20 @@ class ScriptArguments:
     dataset_test_split: str = field(
         default="test", metadata={"help": "Split to evaluate on; loaded only if eval_strategy is not 'no'."}
     )
+    prompt_column: str = field(default="prompt", metadata={"help": "Name of the column that holds the prompts."})
+    max_prompts: int | None = field(
+        default=None, metadata={"help": "Use the first so many rows of a split. None uses all."}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Download no more of the dataset than the first max_prompts rows, which must be given."},
+    )
     watch_reward_funcs: list[str] | None = field(
         default=None, metadata={"help": "Rewards to measure during training and not to train."}
+    )
+    preset: str | None = field(
+        default=None,
+        metadata={"help": "Start from the settings of a paper; the file and the command line override them."},
     )
     use_peft: bool = field(
         default=True, metadata={"help": "Train a LoRA; False trains all weights of the transformer."}
@@ -120,51 +140,21 @@ class ScriptArguments:
         )
 
 
-def load_prompts(name: str, split: str, config: str | None = None) -> Dataset:
-    """
-    Loads the prompts that a command line names.
-
-    Args:
-        name (`str`):
-            `"shapes"`, a file, a folder or a Hub id, see [`ScriptArguments`].
-        split (`str`):
-            Split of the dataset. A file is one split, whatever the name.
-        config (`str`, *optional*):
-            Configuration of the dataset.
-
-    Returns:
-        [`~datasets.Dataset`]: the prompts; the trainer checks that it has a column "prompt".
-
-    Raises:
-        `ValueError`: if `name` is a file of a kind that is not supported.
-    """
-    if name == "shapes":
-        return shapes.load_dataset(split)
-    path = Path(name)
-    if not path.is_file():
-        return load_dataset(name, config, split=split)
-    if path.suffix not in FILE_BUILDERS:
-        raise ValueError(
-            f"dataset_name is the file {name!r}, whose ending is not supported. Use one of {sorted(FILE_BUILDERS)}."
-        )
-    dataset = load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), split="train")
-    return dataset.rename_column("text", "prompt") if path.suffix == ".txt" else dataset
-
-
-def make_parser(trainer_class: type[DiffusionTrainer], command: str, method: str) -> TrlParser:
+def make_parser(trainer_class: type[DiffusionTrainer], command: str, method: str) -> CommandParser:
     """The parser of a training command: every field of the script's arguments and of the trainer's configuration."""
-    return TrlParser(
+    return CommandParser(
         (ScriptArguments, trainer_class.config_class),
+        presets=trainer_class.config_class.PRESETS,
         prog=f"trl-diffusion {command}",
         usage=f"trl-diffusion {command} [--config FILE.yaml] --model_name_or_path MODEL --dataset_name PROMPTS "
         "--reward_funcs REWARD [REWARD ...] [--output_dir FOLDER] [options]",
         description=f"Train a flow-matching text-to-image model with {method}. Every option can also stand in the "
         "YAML file; the command line wins.",
-        allow_abbrev=False,
+        epilog="Presets: " + ", ".join(sorted(trainer_class.config_class.PRESETS)) + ".",
     )
 
 
-def run(trainer_class: type[DiffusionTrainer], parser: TrlParser, arguments: Sequence[str]) -> int:
+def run(trainer_class: type[DiffusionTrainer], parser: CommandParser, arguments: Sequence[str]) -> int:
     """
     Train as the command line says, and save the model.
 
@@ -176,18 +166,24 @@ def run(trainer_class: type[DiffusionTrainer], parser: TrlParser, arguments: Seq
     except (OSError, ValueError, yaml.YAMLError) as error:
         parser.error(str(error))
 
+    def prompts(split: str) -> Dataset:
+        return load_prompts(
+            script_args.dataset_name,
+            split,
+            script_args.dataset_config,
+            script_args.streaming,
+            script_args.max_prompts,
+            script_args.prompt_column,
+        )
+
     eval_dataset = None
     if training_args.eval_strategy != "no":
-        eval_dataset = load_prompts(
-            script_args.dataset_name, script_args.dataset_test_split, script_args.dataset_config
-        )
+        eval_dataset = prompts(script_args.dataset_test_split)
     trainer = trainer_class(
         model=script_args.model_name_or_path,
         reward_funcs=script_args.reward_funcs,
         args=training_args,
-        train_dataset=load_prompts(
-            script_args.dataset_name, script_args.dataset_train_split, script_args.dataset_config
-        ),
+        train_dataset=prompts(script_args.dataset_train_split),
         eval_dataset=eval_dataset,
         peft_config=script_args.peft_config(),
         watch_reward_funcs=script_args.watch_reward_funcs,
