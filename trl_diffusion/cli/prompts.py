@@ -71,6 +71,8 @@ def load_prompts(
         dataset = Dataset.from_list(rows, features=dataset.features)
     elif max_prompts is not None:
         dataset = dataset.select(range(min(max_prompts, len(dataset))))
+    if prompt_column == "prompt" and dataset.column_names == ["text"]:
+        prompt_column = "text"  # one text a line, from a file or a folder of them
     if prompt_column not in dataset.column_names:
         raise ValueError(
             f"{name!r} has no column {prompt_column!r}, only {dataset.column_names}. Name the one with the prompts: "
@@ -95,8 +97,5 @@ def _load(name: str, split: str, config: str | None, streaming: bool) -> Dataset
     if path.is_file():
         if path.suffix not in FILE_BUILDERS:
             raise ValueError(f"The ending of the file {name!r} is not supported. Use one of {sorted(FILE_BUILDERS)}.")
-        dataset = load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), split="train", streaming=streaming)
-    else:
-        dataset = load_dataset(name, config, split=split, streaming=streaming)
-    # One text a line, from a file or a folder of them.
-    return dataset.rename_column("text", "prompt") if dataset.column_names == ["text"] else dataset
+        return load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), split="train", streaming=streaming)
+    return load_dataset(name, config, split=split, streaming=streaming)
