@@ -15,7 +15,16 @@
 from .base import FlowModel
 from .flux import FluxFlowModel
 from .loading import FLOW_MODELS, load_flow_model, whole_weights
+from .sampling import sample_latents
 from .sd3 import SD3FlowModel
 
 
-__all__ = ["FLOW_MODELS", "FlowModel", "FluxFlowModel", "SD3FlowModel", "load_flow_model", "whole_weights"]
+__all__ = [
+    "FLOW_MODELS",
+    "FlowModel",
+    "FluxFlowModel",
+    "SD3FlowModel",
+    "load_flow_model",
+    "sample_latents",
+    "whole_weights",
+]

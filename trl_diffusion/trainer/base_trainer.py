@@ -25,6 +25,7 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,9 @@ from transformers.utils import logging
 from ..data.prompt_cache import PromptCache
 from ..data.prompts import check_prompts
 from ..data.sampler import GroupSampler
-from ..flow import rollout, shifted_schedule, transition_coefficients
+from ..flow import shifted_schedule, transition_coefficients
 from ..hub import build_model_card, check_lora_config, hub_id, save_adapter
-from ..models import load_flow_model, whole_weights
+from ..models import load_flow_model, sample_latents, whole_weights
 from ..rewards import Reward, check_reward, load_rewards, score_images
 from .base_config import DiffusionConfig
 from .callbacks import EpochCallback, SampleImagesCallback, Samples
@@ -356,32 +357,30 @@ class DiffusionTrainer(Trainer):
         Returns:
             `torch.Tensor` of shape `(B, 3, H, W)`, float32, in [0, 1], on the CPU.
         """
-        if not 0 <= adapter_fraction <= 1:
-            raise ValueError(f"adapter_fraction must lie in [0, 1], got {adapter_fraction}.")
         model = self.model_wrapped
         if adapter_fraction < 1 and not isinstance(self.accelerator.unwrap_model(model), PeftModel):
             raise ValueError(
                 f"adapter_fraction={adapter_fraction} needs an adapter to switch off, but all weights are trained."
             )
-        batch_size = batch_size or self.rollout_batch_size
-        steps_with_adapter = round(adapter_fraction * self.args.num_inference_steps)
         was_training = model.training
         model.eval()
-        images = []
-        for start in range(0, len(prompts), batch_size):
-            conditioning = self.prompt_cache.get(prompts[start : start + batch_size], self.args.device)
-            generators = [
-                torch.Generator(self.args.device).manual_seed(int(seed)) for seed in seeds[start : start + batch_size]
-            ]
-
-            def velocity(latents, sigma, step, conditioning=conditioning):
-                with contextlib.nullcontext() if step < steps_with_adapter else self.adapter_off():
-                    return self.velocity(model, latents, sigma, conditioning)
-
-            trajectory = rollout(velocity, self.draw_initial_noise(generators), self.sigmas, self.euler)
-            images.append(self.decode(trajectory.clean).cpu())
+        latents = sample_latents(
+            self.flow,
+            partial(self.velocity, model),
+            partial(self.prompt_cache.get, device=self.args.device),
+            prompts,
+            seeds,
+            self.sigmas,
+            (self.height, self.width),
+            self.args.device,
+            batch_size or self.rollout_batch_size,
+            adapter_fraction,
+            self.adapter_off,
+            generator_device=self.args.device,
+        )
+        images = torch.cat([self.decode(part).cpu() for part in latents])
         model.train(was_training)
-        return torch.cat(images)
+        return images
 
     @contextlib.contextmanager
     def adapter_off(self) -> Iterator[None]:
