@@ -15,6 +15,7 @@
 """The entry point of the command line: it finds the command and hands the remaining arguments to it."""
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -25,6 +26,10 @@ COMMANDS = {
     "chunk_grpo": "train a text-to-image model with Chunk-GRPO",
     "demo": "align a small built-in FLUX on this machine and show what changed",
     "env": "print versions and devices, for reports of bugs",
+    "evaluate": "compare adapters with their base model: scores, win rates and a page of images",
+    "export": "write an adapter for another program, as ComfyUI",
+    "generate": "draw images with a model, its adapter, or a hybrid of both",
+    "merge": "fold an adapter into a whole pipeline",
     "reward-server": "serve a reward over HTTP",
     "srpo": "train a text-to-image model with SRPO",
 }
@@ -55,16 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="options of the command")
     parsed = parser.parse_args(arguments)
 
-    if parsed.command == "chunk_grpo":
-        from . import chunk_grpo as command
-    elif parsed.command == "demo":
-        from . import demo as command
-    elif parsed.command == "reward-server":
-        from . import reward_server as command
-    elif parsed.command == "srpo":
-        from . import srpo as command
-    else:
-        from . import env as command
+    command = importlib.import_module(f".{parsed.command.replace('-', '_')}", __package__)
     return command.main(parsed.arguments)
 
 

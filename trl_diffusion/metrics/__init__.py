@@ -14,8 +14,8 @@
 
 """Rewards as `evaluate` metrics, and the win rate of one set of images over another."""
 
-from .reward_metric import RewardMetric, load_metric
-from .win_rate import WinRate
+from .reward_metric import RewardMetric, by_prompt, clustered_mean, load_metric
+from .win_rate import WinRate, win_rate
 
 
-__all__ = ["RewardMetric", "WinRate", "load_metric"]
+__all__ = ["RewardMetric", "WinRate", "by_prompt", "clustered_mean", "load_metric", "win_rate"]

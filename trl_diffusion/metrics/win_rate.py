@@ -50,18 +50,33 @@ class WinRate(PictureMetric):
         if not 0 < confidence < 1:
             raise ValueError(f"confidence must be between 0 and 1, got {confidence}.")
         difference = self._scores(images, prompts) - self._scores(baseline_images, prompts)
-        outcome = np.where(np.isnan(difference), math.nan, (np.sign(difference) + 1) / 2)
-        known = outcome[~np.isnan(outcome)]
-        rate = float(known.mean()) if len(known) else math.nan
-        low, high = wilson_interval(rate, len(by_prompt(outcome, prompts)), confidence)
-        return {
-            f"{self.name}_win_rate": rate,
-            f"{self.name}_win_rate_low": low,
-            f"{self.name}_win_rate_high": high,
-            f"{self.name}_wins": int((known == 1).sum()),
-            f"{self.name}_ties": int((known == 0.5).sum()),
-            f"{self.name}_losses": int((known == 0).sum()),
-        }
+        return {f"{self.name}_{name}": value for name, value in win_rate(difference, prompts, confidence).items()}
+
+
+def win_rate(difference: np.ndarray, prompts: list[str], confidence: float = 0.95) -> dict[str, float]:
+    """
+    How often a difference of scores is above 0, with Wilson's interval, see [`WinRate`].
+
+    Args:
+        difference (`np.ndarray` of shape `(N,)`): score less that of the baseline, NaN where there is none.
+        prompts (`list[str]`): one a difference.
+        confidence (`float`, *optional*, defaults to `0.95`): of the interval.
+
+    Returns:
+        `dict[str, float]`: `win_rate`, `win_rate_low`, `win_rate_high`, `wins`, `ties`, `losses`.
+    """
+    outcome = np.where(np.isnan(difference), math.nan, (np.sign(difference) + 1) / 2)
+    known = outcome[~np.isnan(outcome)]
+    rate = float(known.mean()) if len(known) else math.nan
+    low, high = wilson_interval(rate, len(by_prompt(outcome, prompts)), confidence)
+    return {
+        "win_rate": rate,
+        "win_rate_low": low,
+        "win_rate_high": high,
+        "wins": int((known == 1).sum()),
+        "ties": int((known == 0.5).sum()),
+        "losses": int((known == 0).sum()),
+    }
 
 
 def wilson_interval(rate: float, count: int, confidence: float = 0.95) -> tuple[float, float]:
