@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
 from PIL import Image
 
 from .comparison import format_interval, format_win_rate
@@ -107,7 +106,7 @@ def write_report(
         card_width=340 if len(names) < 2 else 460,
         omitted=omitted,
         # Only this very script may run in the page, whatever a prompt says.
-        script=Markup(script),
+        script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     Path(path).write_text(page, encoding="utf-8")

@@ -1,0 +1,360 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+`trl-diffusion evaluate`: adapters against their base model, on the same prompts and the same noise.
+
+```bash
+trl-diffusion evaluate --model_name_or_path shapes --adapter demo-chunk-grpo --rewards shapes-judge shapes-clip \
+    --prompts shapes --num_inference_steps 10
+```
+"""
+
+import gc
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache
+from datasets import Dataset
+from PIL import Image
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..data.prompts import check_prompts
+from ..evaluation import compare, markdown_table, write_report
+from ..evaluation.report import Comparison
+from ..hub import find_adapter
+from ..rewards import REWARDS, Reward, check_reward, load_rewards, score_pictures, to_pil
+from .parser import CommandParser
+from .sampling import SamplingArguments, save_image, write_metadata, write_text
+
+
+BASE = "base"
+# What an image depends on, besides model, adapter, prompt and noise.
+IMAGE_SETTINGS = ("height", "width", "num_inference_steps", "guidance_scale", "sigma_shift", "dtype")
+SCORES_NAME = "scores.json"
+
+
+@dataclass(kw_only=True)
+class EvaluateArguments(SamplingArguments):
+    """
+    What to compare.
+
+    Args:
+        > What to compare
+
+        adapter (`list[str]`):
+            LoRAs: trainers' output folders, checkpoints in them, .safetensors files, or Hub ids.
+        rewards (`list[str]`):
+            Rewards to measure: names, or dotted paths of callables.
+        prompts (`str`):
+            Prompts: a Hub id, a local folder, a file (.txt with one prompt a line, .csv, .json, .jsonl, .parquet), or
+            `"shapes"`.
+        adapter_names (`list[str]`, *optional*):
+            What to call the adapters. `None` takes the last part of each path.
+        output_dir (`str`, *optional*, defaults to `"evaluation"`):
+            Folder for the results. Images that it holds already are not made again.
+        reward_batch_size (`int`, *optional*, defaults to `8`):
+            Images scored together.
+        confidence (`float`, *optional*, defaults to `0.95`):
+            Of the intervals.
+        max_report_images (`int`, *optional*, defaults to `200`):
+            Prompts shown in `report.html`; the numbers are of all.
+    """
+
+    adapter: list[str] = field(
+        metadata={"help": "LoRAs: trainers' output folders, checkpoints, .safetensors files, or Hub ids."}
+    )
+    rewards: list[str] = field(
+        metadata={"help": "Rewards to measure: names of rewards, or dotted paths of callables."}
+    )
+    prompts: str = field(
+        metadata={"help": "Prompts: a Hub id, a local folder, a file (.txt, .csv, .json, .jsonl, .parquet), 'shapes'."}
+    )
+    adapter_names: list[str] | None = field(
+        default=None, metadata={"help": "What to call the adapters. None takes the last part of each path."}
+    )
+    output_dir: str = field(
+        default="evaluation", metadata={"help": "Folder for the results; images it holds are not made again."}
+    )
+    reward_batch_size: int = field(default=8, metadata={"help": "Images scored together."})
+    confidence: float = field(default=0.95, metadata={"help": "Of the intervals."})
+    max_report_images: int = field(
+        default=200, metadata={"help": "Prompts shown in report.html; the numbers are of all."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.confidence < 1:
+            raise ValueError(f"confidence must lie between 0 and 1, got {self.confidence}.")
+        for name in ("reward_batch_size", "max_report_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for reward in self.rewards:
+            check_reward(reward)
+        names = self.adapter_names or [Path(adapter).name or adapter for adapter in self.adapter]
+        if len(names) != len(self.adapter):
+            raise ValueError(f"adapter_names has {len(names)} names for {len(self.adapter)} adapters.")
+        if len(set(names)) < len(names) or BASE in names:
+            raise ValueError(
+                f"The adapters would be called {names}, but names must differ from each other and from {BASE!r}. Give "
+                "--adapter_names."
+            )
+        for name in names:
+            if Path(name).name != name:
+                raise ValueError(f"{name!r} in adapter_names cannot be the name of a folder.")
+        self.adapter_names = names
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = CommandParser(
+        [EvaluateArguments],
+        prog="trl-diffusion evaluate",
+        usage="trl-diffusion evaluate --model_name_or_path MODEL --adapter ADAPTER [ADAPTER ...] --rewards REWARD "
+        "[REWARD ...] --prompts PROMPTS [--output_dir FOLDER] [options]",
+        description="Compare adapters with their base model on the same prompts and noise.",
+    )
+    try:
+        (args,) = parser.parse_args_and_config(arguments)
+        dataset = args.load_prompts(args.prompts)
+        check_prompts(dataset, "prompts")
+        files = {name: find_adapter(adapter) for name, adapter in zip(args.adapter_names, args.adapter, strict=True)}
+        evaluation = Evaluation(args, dataset, files)
+        evaluation.draw()
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        parser.error(str(error))
+    evaluation.score()
+    results = evaluation.write()
+    print(markdown_table(results["rewards"]))
+    print(f"{Path(args.output_dir) / 'report.html'} shows the images.")
+    return 0
+
+
+class Evaluation:
+    """
+    One evaluation and its folder.
+
+    Every image is named after a digest of all that it depends on, so one that is there already is the right one.
+
+    Args:
+        args ([`EvaluateArguments`]): what to compare.
+        dataset (`Dataset`): the prompts; other columns are passed to black-box rewards.
+        adapters (`dict[str, Path]`): file of each adapter.
+    """
+
+    def __init__(self, args: EvaluateArguments, dataset: Dataset, adapters: dict[str, Path]):
+        self.args = args
+        self.folder = Path(args.output_dir)
+        self.adapters = adapters
+        rows = [row for row in dataset for _ in range(args.num_images_per_prompt)]
+        self.prompts: list[str] = [row["prompt"] for row in rows]
+        self.columns = {name: [row[name] for row in rows] for name in dataset.column_names if name != "prompt"}
+        self.seeds = [args.seed + index for index in range(len(rows))]
+        self.digests = {name: self._digests(name) for name in (BASE, *adapters)}
+        self.scores: dict[str, dict[str, float | None]] = {}
+        self.rewards: dict[str, str] = {}  # specification of each reward by the name that it goes by
+
+    def path(self, model: str, index: int) -> Path:
+        """The file of an image."""
+        return self.folder / "images" / model / f"{self.digests[model][index]}.png"
+
+    def draw(self) -> None:
+        """Make the images that are not there yet."""
+        missing = {
+            name: [index for index in range(len(self.prompts)) if not self.path(name, index).exists()]
+            for name in self.digests
+        }
+        total = sum(map(len, missing.values()))
+        generator = None
+        if total:
+            generator = self.args.make_generator(
+                {name: str(file) for name, file in self.adapters.items()}, self.prompts
+            )
+        with tqdm(total=total, desc="Drawing", unit="image", disable=not total) as progress:
+            for name, indices in missing.items():
+                folder = self.folder / "images" / name
+                folder.mkdir(parents=True, exist_ok=True)
+                done = 0
+                for batch in (
+                    generator.generate(
+                        [self.prompts[index] for index in indices],
+                        [self.seeds[index] for index in indices],
+                        None if name == BASE else name,
+                        self.args.adapter_fraction,
+                        self.args.batch_size,
+                    )
+                    if indices
+                    else ()
+                ):
+                    for image in to_pil(batch):
+                        save_image(image, self.path(name, indices[done]))
+                        done += 1
+                    progress.update(len(batch))
+                write_metadata(
+                    folder,
+                    [
+                        {"file_name": self.path(name, index).name, "prompt": prompt, "seed": seed}
+                        for index, (prompt, seed) in enumerate(zip(self.prompts, self.seeds, strict=True))
+                    ],
+                )
+        # The rewards may need the memory.
+        del generator
+        gc.collect()
+        clear_device_cache()
+
+    def score(self) -> None:
+        """Score the images; scores of the library's own rewards that are there already are taken."""
+        file = self.folder / SCORES_NAME
+        kept: dict[str, dict[str, float | None]] = json.loads(file.read_text("utf-8")) if file.exists() else {}
+        for spec in self.args.rewards:
+            # The code of a user's own function may have changed.
+            known = kept.setdefault(spec, {}) if spec.partition(":")[0] in REWARDS else {}
+            loaded = load_rewards([spec])
+            ((name, reward),) = loaded.items()
+            name = _distinct(name, self.rewards)
+            self.rewards[name] = spec
+            self._score(name, reward, known)
+            self.scores[name] = known
+            write_text(file, json.dumps(kept))
+
+    def _score(self, name: str, reward: Reward, known: dict[str, float | None]) -> None:
+        device = PartialState().device
+        if isinstance(reward, nn.Module):
+            reward.to(device)
+        todo = [
+            (model, index)
+            for model, digests in self.digests.items()
+            for index, digest in enumerate(digests)
+            if digest not in known
+        ]
+        size = self.args.reward_batch_size
+        with tqdm(total=len(todo), desc=f"Scoring {name}", unit="image", disable=not todo) as progress:
+            for start in range(0, len(todo), size):
+                part = todo[start : start + size]
+                indices = [index for _, index in part]
+                values = score_pictures(
+                    reward,
+                    [Image.open(self.path(model, index)) for model, index in part],
+                    [self.prompts[index] for index in indices],
+                    {column: [entries[index] for index in indices] for column, entries in self.columns.items()},
+                    device=device,
+                    batch_size=size,
+                )
+                known |= {
+                    self.digests[model][index]: value for (model, index), value in zip(part, values, strict=True)
+                }
+                progress.update(len(part))
+
+    def write(self) -> dict[str, Any]:
+        """Write `results.json`, `results.md` and `report.html`; returns what the first holds."""
+        args = self.args
+        by_reward = {
+            reward: {model: [known[digest] for digest in digests] for model, digests in self.digests.items()}
+            for reward, known in self.scores.items()
+        }
+        rewards = {
+            reward: compare(
+                scores[BASE], {name: scores[name] for name in self.adapters}, self.prompts, args.confidence
+            )
+            for reward, scores in by_reward.items()
+        }
+        sources = dict(zip(args.adapter_names, args.adapter, strict=True))
+        settings = {
+            name: value
+            for name, value in asdict(args).items()
+            if name in (*IMAGE_SETTINGS, "adapter_fraction", "num_images_per_prompt", "seed") and value is not None
+        }
+        results = {
+            "model": args.model_name_or_path,
+            "adapters": sources,
+            "reward_specs": self.rewards,
+            "prompts": args.prompts,
+            "num_prompts": len(set(self.prompts)),
+            "num_images": len(self.prompts),
+            "confidence": args.confidence,
+            "settings": settings,
+            "rewards": rewards,
+            "images": [
+                {
+                    "prompt": prompt,
+                    "seed": self.seeds[index],
+                    "files": {
+                        model: self.path(model, index).relative_to(self.folder).as_posix() for model in self.digests
+                    },
+                    "scores": {
+                        reward: {model: values[index] for model, values in scores.items()}
+                        for reward, scores in by_reward.items()
+                    },
+                }
+                for index, prompt in enumerate(self.prompts)
+            ],
+        }
+        write_text(self.folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False))
+        write_text(self.folder / "results.md", markdown_table(rewards))
+        shown = results["images"][: args.max_report_images]
+        write_report(
+            self.folder / "report.html",
+            args.model_name_or_path,
+            sources,
+            rewards,
+            [
+                Comparison(
+                    row["prompt"],
+                    row["seed"],
+                    {model: self.folder / file for model, file in row["files"].items()},
+                    row["scores"],
+                )
+                for row in shown
+            ],
+            {"images": len(self.prompts), "prompts": results["num_prompts"], **settings},
+            args.confidence,
+            omitted=len(self.prompts) - len(shown),
+        )
+        return results
+
+    def _digests(self, name: str) -> list[str]:
+        args = self.args
+        source = [args.model_name_or_path, *_folder_state(args.model_name_or_path)]
+        if name != BASE:
+            source += [hashlib.sha256(self.adapters[name].read_bytes()).hexdigest(), args.adapter_fraction]
+        source += [getattr(args, setting) for setting in IMAGE_SETTINGS]
+        return [
+            hashlib.sha256(json.dumps([source, prompt, seed]).encode()).hexdigest()[:20]
+            for prompt, seed in zip(self.prompts, self.seeds, strict=True)
+        ]
+
+
+def _folder_state(model: str) -> list[Any]:
+    """What tells one state of a local model's folder from another; nothing for other models."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return []
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [[path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
+def _distinct(name: str, taken: dict[str, Any]) -> str:
+    """`name`, or with the next number where it is taken."""
+    count = 1
+    numbered = name
+    while numbered in taken:
+        count += 1
+        numbered = f"{name}_{count}"
+    return numbered

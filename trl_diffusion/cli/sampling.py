@@ -1,0 +1,159 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What the commands that draw images share: their arguments, prompts and files."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from ..evaluation import ImageGenerator
+from .prompts import load_prompts
+
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(kw_only=True)
+class SamplingArguments:
+    """
+    How to draw images.
+
+    Args:
+        > Model and sampling
+
+        model_name_or_path (`str`):
+            The base model: a Hub id, a local folder, or `"shapes"` for the built-in model.
+        height (`int`, *optional*):
+            Height in pixels. `None` takes the pipeline's default.
+        width (`int`, *optional*):
+            Width in pixels. `None` takes the pipeline's default.
+        num_inference_steps (`int`, *optional*, defaults to `28`):
+            Number of sampling steps.
+        guidance_scale (`float`, *optional*):
+            Guidance. `None` takes the pipeline's default.
+        sigma_shift (`float`, *optional*):
+            Static shift of the noise schedule, as in training. `None` takes the pipeline's own schedule, as users will.
+        adapter_fraction (`float`, *optional*, defaults to `1.0`):
+            Share of the steps, from the noisy end, with the adapter: 1 is the aligned model, 0.6 the hybrid of
+            Chunk-GRPO.
+        num_images_per_prompt (`int`, *optional*, defaults to `1`):
+            Images of each prompt, each from its own noise.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the first image's noise; the next image has the next seed.
+        batch_size (`int`, *optional*, defaults to `1`):
+            Images drawn together.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Dtype of the weights: float32, bfloat16, float16, or auto, which is bfloat16 except on a CPU.
+
+        > Prompts
+
+        prompts_split (`str`, *optional*, defaults to `"test"`):
+            Split of the dataset of prompts.
+        prompts_config (`str`, *optional*):
+            Configuration of the dataset of prompts.
+        prompt_column (`str`, *optional*, defaults to `"prompt"`):
+            Name of the column that holds the prompts.
+        max_prompts (`int`, *optional*):
+            Use the first so many prompts. `None` uses all.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Download no more of the dataset than the first `max_prompts` rows, which must be given.
+    """
+
+    model_name_or_path: str = field(
+        metadata={"help": "The base model: a Hub id, a local folder, or 'shapes' for the built-in model."}
+    )
+    height: int | None = field(default=None, metadata={"help": "Height in pixels. None takes the pipeline's default."})
+    width: int | None = field(default=None, metadata={"help": "Width in pixels. None takes the pipeline's default."})
+    num_inference_steps: int = field(default=28, metadata={"help": "Number of sampling steps."})
+    guidance_scale: float | None = field(
+        default=None, metadata={"help": "Guidance. None takes the pipeline's default."}
+    )
+    sigma_shift: float | None = field(
+        default=None,
+        metadata={"help": "Static shift of the noise schedule, as in training. None takes the pipeline's own."},
+    )
+    adapter_fraction: float = field(
+        default=1.0,
+        metadata={"help": "Share of the steps, from the noisy end, with the adapter: 1 is the aligned model."},
+    )
+    num_images_per_prompt: int = field(default=1, metadata={"help": "Images of each prompt, each from its own noise."})
+    seed: int = field(default=0, metadata={"help": "Seed of the first image's noise; the next has the next seed."})
+    batch_size: int = field(default=1, metadata={"help": "Images drawn together."})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "Dtype of the weights; auto is bfloat16 except on a CPU.", "choices": list(DTYPES)},
+    )
+    prompts_split: str = field(default="test", metadata={"help": "Split of the dataset of prompts."})
+    prompts_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset of prompts."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Name of the column that holds the prompts."})
+    max_prompts: int | None = field(default=None, metadata={"help": "Use the first so many prompts. None uses all."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Download no more of the dataset than the first max_prompts rows, which must be given."},
+    )
+
+    def __post_init__(self):
+        for name in ("num_inference_steps", "num_images_per_prompt", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.adapter_fraction <= 1:
+            raise ValueError(f"adapter_fraction must lie in [0, 1], got {self.adapter_fraction}.")
+
+    def load_prompts(self, name: str) -> Dataset:
+        """The prompts of the dataset `name`."""
+        return load_prompts(
+            name, self.prompts_split, self.prompts_config, self.streaming, self.max_prompts, self.prompt_column
+        )
+
+    def make_generator(self, adapters: dict[str, str], prompts: Sequence[str]) -> ImageGenerator:
+        """Load the model and its adapters."""
+        return ImageGenerator(
+            self.model_name_or_path,
+            adapters,
+            prompts,
+            height=self.height,
+            width=self.width,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            sigma_shift=self.sigma_shift,
+            torch_dtype=DTYPES[self.dtype],
+        )
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write a PNG that appears whole or not at all."""
+    partial = path.with_suffix(".part")
+    image.save(partial, "PNG")
+    os.replace(partial, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_metadata(folder: Path, records: Sequence[dict[str, Any]]) -> None:
+    """The file that makes a folder of images one which `datasets.load_dataset("imagefolder", ...)` reads."""
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    write_text(folder / "metadata.jsonl", "\n".join(lines) + "\n")
