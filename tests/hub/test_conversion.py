@@ -1,0 +1,177 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_flux_pipeline, tiny_sd3_pipeline
+
+from trl_diffusion.cli.main import main
+from trl_diffusion.hub import export_comfyui, find_adapter, load_adapter, merge_adapter, save_adapter
+
+
+PIPELINES = {"flux": tiny_flux_pipeline, "sd3": tiny_sd3_pipeline}
+CLASSES = {"flux": FluxPipeline, "sd3": StableDiffusion3Pipeline}
+CONFIGS = {
+    "alpha differs from r": {"r": 4, "lora_alpha": 12},
+    "rslora": {"r": 4, "lora_alpha": 12, "use_rslora": True},
+    "patterns": {"r": 4, "lora_alpha": 8, "rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_k": 3}},
+}
+
+
+def draw(pipeline):
+    return pipeline(
+        "a cat", height=32, width=32, num_inference_steps=3, generator=torch.Generator().manual_seed(1),
+        max_sequence_length=16, output_type="pt",
+    ).images  # fmt: skip
+
+
+def save_trained(folder, family="flux", **config):
+    """A LoRA whose B matrices are not zero, as if trained; returns what it draws."""
+    pipeline = PIPELINES[family](seed=0)
+    pipeline.set_progress_bar_config(disable=True)
+    config = {"r": 4, "lora_alpha": 12, **config}
+    model = get_peft_model(pipeline.transformer, LoraConfig(target_modules=["to_q", "to_k", "to_out.0"], **config))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    save_adapter(model, CLASSES[family], folder)
+    return draw(pipeline), model
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_merged_pipeline_draws_the_aligned_images(tmp_path, family, config):
+    aligned, _ = save_trained(tmp_path / "adapter", family, **config)
+    pipeline = PIPELINES[family](seed=0)
+    base = draw(pipeline)
+    merge_adapter(pipeline, tmp_path / "adapter")
+    assert not [name for name in pipeline.transformer.state_dict() if "lora" in name]
+    torch.testing.assert_close(draw(pipeline), aligned, rtol=0, atol=2e-5)
+    assert (base - aligned).abs().max() > 1e-2
+
+
+def test_merge_command(tmp_path, capsys):
+    aligned, _ = save_trained(tmp_path / "adapter")
+    tiny_flux_pipeline(seed=0).save_pretrained(tmp_path / "base")
+    arguments = ["--model_name_or_path", str(tmp_path / "base"), "--adapter", str(tmp_path / "adapter")]
+    assert main(["merge", *arguments, "--output_dir", str(tmp_path / "merged")]) == 0
+    merged = DiffusionPipeline.from_pretrained(tmp_path / "merged")
+    assert type(merged) is FluxPipeline
+    torch.testing.assert_close(draw(merged), aligned, rtol=0, atol=2e-5)
+    # Half of the strength lies between.
+    assert main(["merge", *arguments, "--output_dir", str(tmp_path / "half"), "--scale", "0.5"]) == 0
+    half = load_file(tmp_path / "half" / "transformer" / "diffusion_pytorch_model.safetensors")
+    whole = load_file(tmp_path / "merged" / "transformer" / "diffusion_pytorch_model.safetensors")
+    before = tiny_flux_pipeline(seed=0).transformer.state_dict()
+    for name, tensor in before.items():
+        torch.testing.assert_close(half[name], (tensor + whole[name]) / 2, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_comfyui_file_is_the_same_adapter_for_diffusers(tmp_path, config):
+    """diffusers' converter takes alpha from the file's keys, as ComfyUI does: there is no metadata in it."""
+    aligned, _ = save_trained(tmp_path / "adapter", **config)
+    export_comfyui(tmp_path / "adapter", tmp_path / "comfyui" / "lora.safetensors")
+    pipeline = tiny_flux_pipeline(seed=0)
+    pipeline.load_lora_weights(str(tmp_path / "comfyui"), weight_name="lora.safetensors")
+    torch.testing.assert_close(draw(pipeline), aligned, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_comfyui_adds_the_trained_difference(tmp_path, family, config):
+    """ComfyUI adds alpha / r B A to each weight, r from the shape of A."""
+    _, model = save_trained(tmp_path, family, **config)
+    export_comfyui(tmp_path, tmp_path / "lora.safetensors")
+    tensors = load_file(tmp_path / "lora.safetensors")
+    layers = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}
+    assert set(tensors) == {
+        f"{layer}.{part}" for layer in layers for part in ("lora_A.weight", "lora_B.weight", "alpha")
+    }
+    modules = dict(model.base_model.model.named_modules())
+    for layer in layers:
+        module = modules[layer.removeprefix("transformer.")]
+        down, up = tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"]
+        difference = tensors[f"{layer}.alpha"] / down.shape[0] * up @ down
+        torch.testing.assert_close(difference, module.get_delta_weight("default"), rtol=1e-5, atol=1e-6)
+    assert len(layers) == sum(name.endswith(".lora_A.default") for name in modules)
+
+
+def test_export_command_keeps_alpha(tmp_path, capsys):
+    save_trained(tmp_path, r=4, lora_alpha=12)
+    output = tmp_path / "lora.safetensors"
+    assert main(["export", "--format", "comfyui", "--adapter", str(tmp_path), "--output", str(output)]) == 0
+    alphas = {tensor.item() for name, tensor in load_file(output).items() if name.endswith(".alpha")}
+    assert alphas == {12.0}
+
+
+def test_file_without_metadata_has_alpha_r(tmp_path):
+    save_trained(tmp_path, r=4, lora_alpha=12)
+    tensors = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    save_file(tensors, tmp_path / "plain.safetensors")
+    export_comfyui(tmp_path / "plain.safetensors", tmp_path / "out.safetensors")
+    assert {value.item() for name, value in load_file(tmp_path / "out.safetensors").items() if "alpha" in name} == {4}
+
+
+def test_adapters_are_found(tmp_path):
+    save_trained(tmp_path / "run")
+    file = tmp_path / "run" / "pytorch_lora_weights.safetensors"
+    assert find_adapter(tmp_path / "run") == find_adapter(file) == find_adapter(str(file)) == file
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full" / "transformer").mkdir(parents=True)
+    (tmp_path / "weights.bin").write_bytes(b"")
+    for adapter, message in {
+        "empty": "but nothing",
+        "full": r"pytorch_lora_weights\.safetensors, but transformer",
+        "weights.bin": "no .safetensors file",
+        "missing": "no file and no folder here",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            find_adapter(tmp_path / adapter)
+
+
+def test_adapter_of_another_model_is_refused(tmp_path):
+    save_file(
+        {"unet.x.lora_A.weight": torch.zeros(1, 2), "unet.x.lora_B.weight": torch.zeros(2, 1)},
+        tmp_path / "a.safetensors",
+    )
+    with pytest.raises(ValueError, match="changes nothing in the transformer of this FluxPipeline"):
+        load_adapter(tiny_flux_pipeline(seed=0), tmp_path / "a.safetensors", "a")
+    with pytest.raises(ValueError, match=r"unet\.x\.lora_A\.weight.*no LoRA matrix of a transformer"):
+        export_comfyui(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="must end in .safetensors"):
+        export_comfyui(tmp_path / "a.safetensors", tmp_path / "b.bin")
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["merge", "--model_name_or_path", "shapes", "--output_dir", "x"], "--adapter"),
+        (["merge", "--model_name_or_path", "shapes", "--adapter", "/no/such/place", "--output_dir", "x"], "/no/such"),
+        (["export", "--adapter", "a", "--output", "b.safetensors", "--format", "invoke"], "invoke"),
+    ],
+)
+def test_wrong_arguments_are_refused(capsys, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
