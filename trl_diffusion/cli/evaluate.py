@@ -222,30 +222,36 @@ class Evaluation:
     def score(self) -> None:
         """Score the images; scores of the library's own rewards that are there already are taken."""
         file = self.folder / SCORES_NAME
-        kept: dict[str, dict[str, float | None]] = json.loads(file.read_text("utf-8")) if file.exists() else {}
+        kept: dict[str, dict[str, Any]] = json.loads(file.read_text("utf-8")) if file.exists() else {}
         for spec in self.args.rewards:
+            own = spec.partition(":")[0] not in REWARDS
             # The code of a user's own function may have changed.
-            known = kept.setdefault(spec, {}) if spec.partition(":")[0] in REWARDS else {}
-            loaded = load_rewards([spec])
-            ((name, reward),) = loaded.items()
+            known = {} if own or spec not in kept else kept[spec]["scores"]
+            todo = [
+                (model, index)
+                for model, digests in self.digests.items()
+                for index, digest in enumerate(digests)
+                if digest not in known
+            ]
+            if todo:
+                ((name, reward),) = load_rewards([spec]).items()
+                self._score(name, reward, todo, known)
+            else:
+                name = kept[spec]["name"]
+            if not own:
+                kept[spec] = {"name": name, "scores": known}
+                write_text(file, json.dumps(kept))
             name = _distinct(name, self.rewards)
             self.rewards[name] = spec
-            self._score(name, reward, known)
             self.scores[name] = known
-            write_text(file, json.dumps(kept))
 
-    def _score(self, name: str, reward: Reward, known: dict[str, float | None]) -> None:
+    def _score(self, name: str, reward: Reward, todo: list[tuple[str, int]], known: dict[str, float | None]) -> None:
+        """Score the images `todo`, as model and index, into `known`, by their digest."""
         device = PartialState().device
         if isinstance(reward, nn.Module):
             reward.to(device)
-        todo = [
-            (model, index)
-            for model, digests in self.digests.items()
-            for index, digest in enumerate(digests)
-            if digest not in known
-        ]
         size = self.args.reward_batch_size
-        with tqdm(total=len(todo), desc=f"Scoring {name}", unit="image", disable=not todo) as progress:
+        with tqdm(total=len(todo), desc=f"Scoring {name}", unit="image") as progress:
             for start in range(0, len(todo), size):
                 part = todo[start : start + size]
                 indices = [index for _, index in part]
