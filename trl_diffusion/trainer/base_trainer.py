@@ -191,6 +191,8 @@ class DiffusionTrainer(Trainer):
 
         self._staging: Path | None = None  # where a checkpoint is being written
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        # Of the base model's images at an evaluation, by the prompts of its dataset.
+        self._base_scores: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
         self._seconds = defaultdict(float)
         self._images_since_log = 0
         self._last_log = (0, time.perf_counter())
@@ -467,9 +469,14 @@ class DiffusionTrainer(Trainer):
         """
         Score `num_eval_images` images of the evaluation prompts, with the same seeds every time.
 
+        An adapter is compared with the base model, whose images of the same prompts and seeds are drawn and scored
+        once, at the first evaluation.
+
         Returns:
             `dict[str, float]`: the means of `{prefix}_reward`, the weighted sum of the rewards, of each reward
-            `{prefix}_rewards/{name}/mean` and of each watched one `{prefix}_watch/{name}/mean`.
+            `{prefix}_rewards/{name}/mean` and of each watched one `{prefix}_watch/{name}/mean`. With an adapter besides
+            those of the base model, `{prefix}_base/reward` and so on, and the share of the images that are better than
+            the base model's, ties by half, `{prefix}_win_rate/reward`, `{prefix}_win_rate/rewards/{name}` and so on.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         check_prompts(dataset, "eval_dataset")
@@ -485,16 +492,42 @@ class DiffusionTrainer(Trainer):
         local = [self.accelerator.process_index * share + i for i in range(share)]
         rows = [dataset[index % len(dataset)] for index in local]
         prompts = [row["prompt"] for row in rows]
-        images = self.generate(prompts, local).to(self.args.device)
-        scores = self._evaluation_scores(images, prompts, self._columns(rows))
-        gathered = self.accelerator.gather(torch.stack(list(scores.values()), 1))[:total]
-        metrics = {
-            f"{metric_key_prefix}_{name}": column.nanmean().item()
-            for name, column in zip(scores, gathered.unbind(1), strict=True)
-        }
+        columns = self._columns(rows)
+
+        def means(scores: dict[str, torch.Tensor], group: str = "") -> dict[str, float]:
+            return {f"{metric_key_prefix}_{group}{name}": column.nanmean().item() for name, column in scores.items()}
+
+        base = None
+        if isinstance(self.accelerator.unwrap_model(self.model_wrapped), PeftModel):
+            # Before the adapter's, so that a subclass that keeps the last scores keeps those.
+            key = tuple(dataset["prompt"])
+            if key not in self._base_scores:
+                self._base_scores[key] = self._score_evaluation(prompts, local, columns, total, adapter_fraction=0.0)
+            base = self._base_scores[key]
+        scores = self._score_evaluation(prompts, local, columns, total)
+        metrics = means(scores)
+        if base is not None:
+            better = {
+                name.removesuffix("/mean"): (1 + (column - base[name]).sign()) / 2 for name, column in scores.items()
+            }
+            metrics |= means(base, "base/") | means(better, "win_rate/")
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _score_evaluation(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        columns: dict[str, list[Any]],
+        total: int,
+        adapter_fraction: float = 1.0,
+    ) -> dict[str, torch.Tensor]:
+        """Draw this process's images; returns the scores `(total,)` of those of all processes, by name."""
+        images = self.generate(prompts, seeds, adapter_fraction).to(self.args.device)
+        scores = self._evaluation_scores(images, prompts, columns)
+        gathered = self.accelerator.gather(torch.stack(list(scores.values()), 1))[:total]
+        return dict(zip(scores, gathered.unbind(1), strict=True))
 
     def _evaluation_scores(
         self, images: torch.Tensor, prompts: list[str], columns: dict[str, list[Any]]
@@ -634,6 +667,14 @@ class DiffusionTrainer(Trainer):
         return {name: value for name, value in values.items() if value is not None} | {
             "num_processes": self.accelerator.num_processes
         }
+
+    def _load_best_model(self) -> None:
+        # The Trainer looks for a whole model under other names.
+        full = not isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+        if full and not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         network = self.accelerator.unwrap_model(self.model if model is None else model)
