@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import os
 import subprocess
 import sys
 
@@ -26,7 +27,7 @@ def test_help_lists_the_commands(capsys):
         main(["--help"])
     assert exit_.value.code == 0
     printed = capsys.readouterr().out
-    for command in ("chunk_grpo", "demo", "env", "reward-server", "srpo"):
+    for command in ("chunk_grpo", "demo", "env", "evaluate", "export", "generate", "merge", "reward-server", "srpo"):
         assert f"\n  {command} " in printed
 
 
@@ -43,6 +44,18 @@ def test_env_prints_versions(capsys):
     printed = capsys.readouterr().out
     assert f"- torch: {torch.__version__}\n" in printed
     assert "- trl_diffusion: " in printed
+    assert "- Accelerator: " in printed
+
+
+def test_env_shows_the_configuration_of_accelerate(tmp_path):
+    config = tmp_path / "accelerate" / "default_config.yaml"
+    config.parent.mkdir()
+    config.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nnum_processes: 3\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "trl_diffusion.cli", "env"], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "HF_HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert '"num_processes": 3' in done.stdout
 
 
 def test_the_module_is_a_command_for_launchers():

@@ -15,9 +15,11 @@
 """`trl-diffusion env`: versions and devices."""
 
 import argparse
+import json
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 
 PACKAGES = (
@@ -29,6 +31,10 @@ PACKAGES = (
     "datasets",
     "trl",
     "huggingface_hub",
+    "safetensors",
+    "tokenizers",
+    "pillow",
+    "bitsandbytes",
     "deepspeed",
 )
 
@@ -38,6 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.parse_args(arguments)
 
     import torch
+    from accelerate.commands.config import default_config_file, load_config_from_file
 
     import trl_diffusion
 
@@ -52,8 +59,18 @@ def main(arguments: Sequence[str]) -> int:
         except PackageNotFoundError:
             lines[name] = "not installed"
     lines["CPU threads"] = str(torch.get_num_threads())
-    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    lines["CUDA"] = f"{torch.version.cuda}, {', '.join(devices)}" if devices else "no device"
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
+        lines["Accelerator"] = "none"
+    elif accelerator.type == "cuda":
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        lines["Accelerator"] = f"CUDA {torch.version.cuda or torch.version.hip}, {', '.join(names)}"
+    else:
+        lines["Accelerator"] = f"{accelerator.type}, {torch.accelerator.device_count()} devices"
+    if Path(default_config_file).is_file():
+        lines["accelerate's configuration"] = json.dumps(load_config_from_file(None).to_dict(), default=str)
+    else:
+        lines["accelerate's configuration"] = "none"
 
     print("Copy this into your report:\n")
     for name, value in lines.items():
