@@ -132,6 +132,13 @@ class TestGenerate:
         assert list(tmp_path.iterdir()) == []
 
 
+def test_several_processes_are_refused(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        main(["generate", *SHAPES, "--prompt", "a"])
+    assert "in one process, but was started in 2" in capsys.readouterr().err
+
+
 def evaluate(folder, adapters, *arguments, names=("first", "second"), rewards=("shapes-judge", "shapes-clip")):
     return main(
         ["evaluate", *SHAPES, "--adapter", *[str(adapters[name]) for name in names], "--rewards", *rewards,

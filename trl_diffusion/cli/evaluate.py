@@ -38,10 +38,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..data.prompts import check_prompts
-from ..evaluation import compare, markdown_table, write_report
+from ..evaluation import ImageGenerator, compare, markdown_table, write_report
 from ..evaluation.report import Comparison
 from ..hub import find_adapter
-from ..rewards import REWARDS, Reward, check_reward, load_rewards, score_pictures, to_pil
+from ..rewards import REWARDS, check_reward, load_rewards, score_pictures, to_pil
 from .parser import CommandParser
 from .sampling import SamplingArguments, save_image, write_metadata, write_text
 
@@ -137,9 +137,10 @@ def main(arguments: Sequence[str]) -> int:
         check_prompts(dataset, "prompts")
         files = {name: find_adapter(adapter) for name, adapter in zip(args.adapter_names, args.adapter, strict=True)}
         evaluation = Evaluation(args, dataset, files)
-        evaluation.draw()
+        evaluation.load()
     except (OSError, ValueError, yaml.YAMLError) as error:
         parser.error(str(error))
+    evaluation.draw()
     evaluation.score()
     results = evaluation.write()
     print(markdown_table(results["rewards"]))
@@ -169,44 +170,29 @@ class Evaluation:
         self.seeds = [args.seed + index for index in range(len(rows))]
         self.digests = {name: self._digests(name) for name in (BASE, *adapters)}
         self.scores: dict[str, dict[str, float | None]] = {}
+        self._generator: ImageGenerator | None = None
         self.rewards: dict[str, str] = {}  # specification of each reward by the name that it goes by
 
     def path(self, model: str, index: int) -> Path:
         """The file of an image."""
         return self.folder / "images" / model / f"{self.digests[model][index]}.png"
 
+    def load(self) -> None:
+        """Load the model and its adapters, if there are images to make."""
+        if any(self._missing().values()):
+            adapters = {name: str(file) for name, file in self.adapters.items()}
+            self._generator = self.args.make_generator(adapters, self.prompts)
+
     def draw(self) -> None:
-        """Make the images that are not there yet."""
-        missing = {
-            name: [index for index in range(len(self.prompts)) if not self.path(name, index).exists()]
-            for name in self.digests
-        }
+        """Make the images that are not there yet, and let go of the model."""
+        missing = self._missing()
         total = sum(map(len, missing.values()))
-        generator = None
-        if total:
-            generator = self.args.make_generator(
-                {name: str(file) for name, file in self.adapters.items()}, self.prompts
-            )
         with tqdm(total=total, desc="Drawing", unit="image", disable=not total) as progress:
             for name, indices in missing.items():
                 folder = self.folder / "images" / name
                 folder.mkdir(parents=True, exist_ok=True)
-                done = 0
-                for batch in (
-                    generator.generate(
-                        [self.prompts[index] for index in indices],
-                        [self.seeds[index] for index in indices],
-                        None if name == BASE else name,
-                        self.args.adapter_fraction,
-                        self.args.batch_size,
-                    )
-                    if indices
-                    else ()
-                ):
-                    for image in to_pil(batch):
-                        save_image(image, self.path(name, indices[done]))
-                        done += 1
-                    progress.update(len(batch))
+                if indices:
+                    self._draw(name, indices, progress)
                 write_metadata(
                     folder,
                     [
@@ -215,9 +201,30 @@ class Evaluation:
                     ],
                 )
         # The rewards may need the memory.
-        del generator
+        self._generator = None
         gc.collect()
         clear_device_cache()
+
+    def _draw(self, name: str, indices: list[int], progress: tqdm) -> None:
+        done = 0
+        for batch in self._generator.generate(
+            [self.prompts[index] for index in indices],
+            [self.seeds[index] for index in indices],
+            None if name == BASE else name,
+            self.args.adapter_fraction,
+            self.args.batch_size,
+        ):
+            for image in to_pil(batch):
+                save_image(image, self.path(name, indices[done]))
+                done += 1
+            progress.update(len(batch))
+
+    def _missing(self) -> dict[str, list[int]]:
+        """The images of each model that are not there yet."""
+        return {
+            name: [index for index in range(len(self.prompts)) if not self.path(name, index).exists()]
+            for name in self.digests
+        }
 
     def score(self) -> None:
         """Score the images; scores of the library's own rewards that are there already are taken."""
@@ -233,11 +240,8 @@ class Evaluation:
                 for index, digest in enumerate(digests)
                 if digest not in known
             ]
-            if todo:
-                ((name, reward),) = load_rewards([spec]).items()
-                self._score(name, reward, todo, known)
-            else:
-                name = kept[spec]["name"]
+            name = self._score(spec, todo, known) if todo else kept[spec]["name"]
+            clear_device_cache()  # one reward in memory at a time
             if not own:
                 kept[spec] = {"name": name, "scores": known}
                 write_text(file, json.dumps(kept))
@@ -245,8 +249,9 @@ class Evaluation:
             self.rewards[name] = spec
             self.scores[name] = known
 
-    def _score(self, name: str, reward: Reward, todo: list[tuple[str, int]], known: dict[str, float | None]) -> None:
-        """Score the images `todo`, as model and index, into `known`, by their digest."""
+    def _score(self, spec: str, todo: list[tuple[str, int]], known: dict[str, float | None]) -> str:
+        """Score the images `todo`, as model and index, into `known`, by their digest; returns the reward's name."""
+        ((name, reward),) = load_rewards([spec]).items()
         device = PartialState().device
         if isinstance(reward, nn.Module):
             reward.to(device)
@@ -267,6 +272,7 @@ class Evaluation:
                     self.digests[model][index]: value for (model, index), value in zip(part, values, strict=True)
                 }
                 progress.update(len(part))
+        return name
 
     def write(self) -> dict[str, Any]:
         """Write `results.json`, `results.md` and `report.html`; returns what the first holds."""

@@ -112,6 +112,11 @@ class SamplingArguments:
     )
 
     def __post_init__(self):
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                f"This command draws in one process, but was started in {os.environ['WORLD_SIZE']}. Start it without "
+                "`accelerate launch` or `torchrun`."
+            )
         for name in ("num_inference_steps", "num_images_per_prompt", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
