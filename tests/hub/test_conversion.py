@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_flux_pipeline, tiny_sd3_pipeline
 
 from trl_diffusion.cli.main import main
-from trl_diffusion.hub import export_comfyui, find_adapter, load_adapter, merge_adapter, save_adapter
+from trl_diffusion.hub import save_adapter
+from trl_diffusion.hub.conversion import export_comfyui, find_adapter, load_adapter, merge_adapter
 
 
 PIPELINES = {"flux": tiny_flux_pipeline, "sd3": tiny_sd3_pipeline}

@@ -24,12 +24,13 @@ accelerate launch -m trl_diffusion.cli chunk_grpo --config run.yaml
 
 from collections.abc import Sequence
 
+from trl import TrlParser
+
 from ..trainer import ChunkGRPOTrainer
 from . import training
-from .parser import CommandParser
 
 
-def make_parser() -> CommandParser:
+def make_parser() -> TrlParser:
     return training.make_parser(ChunkGRPOTrainer, "chunk_grpo", "Chunk-GRPO")
 
 

@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 from ..data.prompts import check_prompts
 from ..evaluation import ImageGenerator, compare, markdown_table, write_report
 from ..evaluation.report import Comparison
-from ..hub import find_adapter
+from ..hub.conversion import find_adapter
 from ..rewards import REWARDS, check_reward, load_rewards, score_pictures, to_pil
 from .parser import CommandParser
 from .sampling import SamplingArguments, save_image, write_metadata, write_text

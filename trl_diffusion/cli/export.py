@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import yaml
 
-from ..hub import export_comfyui
+from ..hub.conversion import export_comfyui
 from .parser import CommandParser
 
 

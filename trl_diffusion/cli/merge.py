@@ -22,7 +22,7 @@ import yaml
 from diffusers import DiffusionPipeline
 
 from .. import shapes
-from ..hub import merge_adapter
+from ..hub.conversion import merge_adapter
 from .parser import CommandParser
 
 

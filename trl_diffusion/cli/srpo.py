@@ -25,12 +25,13 @@ accelerate launch -m trl_diffusion.cli srpo --config run.yaml
 
 from collections.abc import Sequence
 
+from trl import TrlParser
+
 from ..trainer import SRPOTrainer
 from . import training
-from .parser import CommandParser
 
 
-def make_parser() -> CommandParser:
+def make_parser() -> TrlParser:
     return training.make_parser(SRPOTrainer, "srpo", "SRPO")
 
 

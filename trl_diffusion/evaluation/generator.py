@@ -24,7 +24,7 @@ from accelerate import PartialState
 
 from ..data.prompt_cache import PromptCache
 from ..flow import shifted_schedule
-from ..hub import load_adapter
+from ..hub.conversion import load_adapter
 from ..models import load_flow_model, sample_latents
 
 
@@ -36,7 +36,7 @@ class ImageGenerator:
         model (`str`):
             Id of a pipeline on the Hub, path of one, or `"shapes"`.
         adapters (`Mapping[str, str]`):
-            LoRAs by the name to call them: what [`~trl_diffusion.hub.find_adapter`] takes.
+            LoRAs by the name to call them: what [`~trl_diffusion.hub.conversion.find_adapter`] takes.
         prompts (`Sequence[str]`):
             Every prompt that will be drawn; the text encoders run once and are freed.
         height, width (`int`, *optional*):

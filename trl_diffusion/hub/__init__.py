@@ -12,20 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What goes to the Hub, the adapter's files and the model card; and what else an adapter can be turned into."""
+"""What goes to the Hub: the adapter's files and the model card."""
 
 from .adapter import check_lora_config, save_adapter
-from .conversion import export_comfyui, find_adapter, load_adapter, merge_adapter
 from .model_card import build_model_card, hub_id
 
 
-__all__ = [
-    "build_model_card",
-    "check_lora_config",
-    "export_comfyui",
-    "find_adapter",
-    "hub_id",
-    "load_adapter",
-    "merge_adapter",
-    "save_adapter",
-]
+__all__ = ["build_model_card", "check_lora_config", "hub_id", "save_adapter"]
