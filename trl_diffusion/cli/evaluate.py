@@ -37,6 +37,7 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
+from .. import shapes
 from ..data.prompts import check_prompts
 from ..evaluation import ImageGenerator, compare, markdown_table, write_report
 from ..evaluation.report import Comparison
@@ -343,7 +344,8 @@ class Evaluation:
 
     def _digests(self, name: str) -> list[str]:
         args = self.args
-        source = [args.model_name_or_path, *_folder_state(args.model_name_or_path)]
+        model = args.model_name_or_path
+        source = [model, *_folder_state(shapes.pipeline_path() if model == "shapes" else Path(model))]
         if name != BASE:
             source += [hashlib.sha256(self.adapters[name].read_bytes()).hexdigest(), args.adapter_fraction]
         source += [getattr(args, setting) for setting in IMAGE_SETTINGS]
@@ -353,9 +355,8 @@ class Evaluation:
         ]
 
 
-def _folder_state(model: str) -> list[Any]:
-    """What tells one state of a local model's folder from another; nothing for other models."""
-    folder = Path(model)
+def _folder_state(folder: Path) -> list[Any]:
+    """What tells one state of a local model's folder from another; nothing for a model of the Hub."""
     if not folder.is_dir():
         return []
     files = sorted(path for path in folder.rglob("*") if path.is_file())
