@@ -506,7 +506,7 @@ class DiffusionTrainer(ReliableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             metrics = self._metrics["train"]
-            logs = {**logs, **{name: float(np.nanmean(values)) for name, values in metrics.items()}}
+            logs = {**logs, **{name: _mean(values) for name, values in metrics.items()}}
             metrics.clear()
             logs.update(self._speed_and_memory())
             logs["skipped_steps"] = self._skipped_steps
@@ -634,6 +634,12 @@ class DiffusionTrainer(ReliableTrainer):
 
 def _identity(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
+
+
+def _mean(values: list[float]) -> float:
+    """The mean of what is not NaN; NaN where all is, as in a step whose loss is not finite."""
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")
 
 
 def _check_writable(folder: str) -> None:
