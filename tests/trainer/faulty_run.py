@@ -27,7 +27,7 @@ from campaigns.tiny_runs import Warmth, make_trainer, save_trained
 class Faulty(Warmth):
     """
     At the steps given for it the reward of the second process is NaN ("nan"), raises ("raise") or ends its process
-    ("die"), and that of all processes takes its time ("slow").
+    ("die"), and from the step given for it on that of all processes takes its time ("slow").
     """
 
     def __init__(self, faults):
@@ -40,9 +40,9 @@ class Faulty(Warmth):
         if self.trainer is None:
             return scores
         step = self.trainer.state.global_step
-        if step == self.faults.get("slow"):
+        if step >= self.faults.get("slow", step + 1):
             (Path(self.trainer.args.output_dir) / "slow").touch()
-            time.sleep(1)
+            time.sleep(0.1)
         if self.trainer.args.process_index == 1:
             if step == self.faults.get("nan") and images.requires_grad:
                 return scores * torch.nan

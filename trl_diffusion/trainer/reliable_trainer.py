@@ -274,14 +274,16 @@ class ReliableTrainer(Trainer):
             bad = bad or not _all_finite(gradients)
         bad = self._any_process(bad)
         if bad:
-            reports = self._bad_losses or [f"the gradient is not finite on the prompts {shown(self._step_prompts)}"]
-            reports = gather_object(reports)
+            reports = gather_object(self._bad_losses)
+            if not reports:
+                prompts = gather_object(self._step_prompts)
+                reports = [f"the gradient is not finite on the prompts {shown(prompts)}"]
             # An optimizer passes over parameters without a gradient: weights and its state stay as they are.
             self.model.zero_grad(set_to_none=True)
             self._skipped_steps += 1
             self._bad_steps_in_a_row += 1
             self._last_skip = (
-                f"Optimizer step {self.state.global_step + 1} was not applied: {'; '.join(dict.fromkeys(reports))}."
+                f"Optimizer step {self.state.global_step + 1} was not applied: {'; '.join(reports)}."
             )
             if self.is_world_process_zero():
                 logger.warning(self._last_skip)
@@ -378,11 +380,12 @@ class ReliableTrainer(Trainer):
             failed = failed or self._any_process(self._save_error is not None)
         finally:
             self._staging = None
+        free = shutil.disk_usage(run_folder).free
         if args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         if failed:
             self.state.best_model_checkpoint = best_before
-            self._report_save_error(run_folder, name)
+            self._report_save_error(run_folder, name, free)
             return
         self._saved_step = self.state.global_step
         if args.should_save:
@@ -401,11 +404,10 @@ class ReliableTrainer(Trainer):
             if self.weight_average is not None:
                 self.weight_average.save(folder / EMA_NAME)
 
-    def _report_save_error(self, run_folder: Path, name: str) -> None:
+    def _report_save_error(self, run_folder: Path, name: str, free: int) -> None:
         last = last_whole_checkpoint(run_folder)
-        free = shutil.disk_usage(run_folder).free / 2**20
         message = (
-            f"The checkpoint {name} could not be written to {str(run_folder)!r}, which has {free:.1f} MiB free: "
+            f"The checkpoint {name} could not be written to {str(run_folder)!r}, which had {free / 2**20:.1f} MiB free: "
             f"{self._save_error or 'another process says why'}. "
             + ("There is no whole checkpoint yet." if last is None else f"The last whole checkpoint is {last.name}.")
         )
