@@ -22,6 +22,8 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available, strtobool
 
+from .config_checks import check_types
+
 
 @dataclass
 class DiffusionConfig(TrainingArguments):
@@ -239,7 +241,11 @@ class DiffusionConfig(TrainingArguments):
             raise ValueError(f"{cls.__name__} has no preset {name!r}. Choose one of {sorted(cls.PRESETS)}.")
         return cls(**{**cls.PRESETS[name], **overrides})
 
+    # Settings that take more than their annotation says, which the command line's parser needs.
+    _UNCHECKED_TYPES: ClassVar[tuple[str, ...]] = ()
+
     def __post_init__(self):
+        check_types(self, self._UNCHECKED_TYPES)
         if self.bf16 is None:
             # On a machine without such an accelerator TrainingArguments refuses bf16.
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
@@ -249,10 +255,21 @@ class DiffusionConfig(TrainingArguments):
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = True
         super().__post_init__()
-        for name in ("height", "width", "num_inference_steps", "rollout_batch_size", "num_eval_images"):
+        if isinstance(self.resume_from_checkpoint, str) and self.resume_from_checkpoint.lower() in ("true", "false"):
+            # The command line knows strings only.
+            self.resume_from_checkpoint = self.resume_from_checkpoint.lower() == "true"
+        for name in (
+            "height", "width", "num_inference_steps", "rollout_batch_size", "num_eval_images",
+            "per_device_train_batch_size", "gradient_accumulation_steps",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        if self.num_inference_steps > 1000:
+            raise ValueError(
+                f"num_inference_steps must be at most 1000, got {self.num_inference_steps}: the models know a thousand "
+                "noise levels."
+            )
         if self.num_inference_steps < 2:
             raise ValueError(
                 f"num_inference_steps must be at least 2, got {self.num_inference_steps}: the last sampling step is "
@@ -267,6 +284,14 @@ class DiffusionConfig(TrainingArguments):
                 f"num_samples_to_log must be at least 1, got {self.num_samples_to_log}. Set log_samples=False to "
                 "write no samples."
             )
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "seed", "data_seed"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}.")
+        for name in ("seed", "data_seed"):
+            value = getattr(self, name)
+            if value is not None and value >= 2**32:
+                raise ValueError(f"{name} must be below 2**32, got {value}.")
         self._check_choice("shared_noise", ("group", "none"))
         self._check_reliability()
         if self.auto_find_batch_size:

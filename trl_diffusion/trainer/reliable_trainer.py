@@ -282,9 +282,7 @@ class ReliableTrainer(Trainer):
             self.model.zero_grad(set_to_none=True)
             self._skipped_steps += 1
             self._bad_steps_in_a_row += 1
-            self._last_skip = (
-                f"Optimizer step {self.state.global_step + 1} was not applied: {'; '.join(reports)}."
-            )
+            self._last_skip = f"Optimizer step {self.state.global_step + 1} was not applied: {'; '.join(reports)}."
             if self.is_world_process_zero():
                 logger.warning(self._last_skip)
         else:
