@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 # Written last, so that an installation that was interrupted is done again.
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup demo demo-srpo test docs lint format clean
+.PHONY: help setup demo demo-srpo test campaigns docs lint format clean
 
 help:
 	@echo "make demo       align the small built-in FLUX on this machine and write the results to demo-chunk-grpo/"
 	@echo "make demo-srpo  the same with SRPO, to demo-srpo/"
 	@echo "make test       run the whole test suite"
 	@echo "make docs       build the documentation site into site/"
+	@echo "make campaigns  kill runs at random instants and draw random settings, some ten minutes"
 	@echo "make lint       check style and formatting"
 	@echo "make format     repair style and formatting"
 	@echo "make clean      remove .venv and build leftovers"
@@ -35,6 +36,10 @@ test: $(INSTALLED)
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+campaigns: $(INSTALLED)
+	PYTHONPATH=tests $(BIN)/python tests/campaigns/kill.py --kills 20
+	PYTHONPATH=tests $(BIN)/python tests/campaigns/configs.py --configs 2000
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

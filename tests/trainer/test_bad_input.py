@@ -179,11 +179,11 @@ def test_unsupported_family(make_trainer, tmp_path):
 def test_rewards(reward, error, message, make_trainer):
     prompts = Dataset.from_list([{"prompt": f"a {animal}"} for animal in ("cat", "dog")])
     with pytest.raises(error, match=message):
-        make_trainer(reward_funcs=reward, train_dataset=prompts).train()
+        make_trainer(reward_funcs=reward, train_dataset=prompts, reward_retries=0).train()
 
 
 def test_non_finite_loss_is_not_applied(make_trainer):
-    trainer = make_trainer()
+    trainer = make_trainer(max_bad_steps=1)
     generate = trainer._generate
 
     def broken(rows, generation):
@@ -193,11 +193,11 @@ def test_non_finite_loss_is_not_applied(make_trainer):
 
     trainer._generate = broken
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    with pytest.raises(FloatingPointError, match="loss is nan at optimizer step 1, term 1 of 1, on the prompts"):
+    message = "Optimizer step 1 was not applied: the loss of term 1 of 1 is nan on the prompts"
+    with pytest.raises(FloatingPointError, match=message):
         trainer.train()
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, before[name]), name
-    assert trainer.state.global_step == 0
 
 
 def test_evaluation_prompts_must_be_known(make_trainer):

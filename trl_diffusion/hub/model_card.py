@@ -99,6 +99,9 @@ PAPERS = {
 # The embedded world is addressed by this word instead of a Hub id.
 EMBEDDED_MODEL = "shapes"
 
+# Control characters other than white space, and marks that change the direction of the text that follows.
+_UNSEEN = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069]")
+
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets")
 
 
@@ -120,14 +123,16 @@ def hub_id(name: str | None) -> str | None:
 
 def escape(text: str) -> str:
     """Escapes text of unknown origin so that it is shown as it is, on one line, in Markdown, HTML and tables."""
-    text = html.escape(" ".join(str(text).split()), quote=True)
+    text = html.escape(" ".join(_UNSEEN.sub("", str(text)).split()), quote=True)
     return re.sub(r"([\\`*_{}\[\]|#~$])", r"\\\1", text)
 
 
 def _literal(value: Any) -> str:
     if isinstance(value, str):
-        # A JSON string is a Python string. A back-quote could end the code block of the card.
-        return json.dumps(" ".join(value.split())).replace("`", "\\u0060")
+        # A JSON string is a Python string, but for the escapes of characters beyond the first plane, so those that can be
+        # shown stay as they are. A back-quote could end the code block of the card.
+        text = json.dumps(" ".join(value.split()), ensure_ascii=False).replace("`", "\\u0060")
+        return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in text)
     return repr(value)
 
 

@@ -192,7 +192,7 @@ class RemoteReward(BlackBoxReward):
             raise _TryAgain(f"could not be reached or broke off ({error})") from error
         if response.status_code == 200:
             return answer
-        said = answer[:500].decode(errors="replace")
+        said = self._without_token(answer.decode(errors="replace"))[:500]
         if response.status_code in RETRIED_STATUS:
             raise _TryAgain(f"answered {response.status_code}: {said}")
         remedy = {
@@ -202,7 +202,7 @@ class RemoteReward(BlackBoxReward):
         raise RewardServerError(f"The reward server {self.url} answered {response.status_code}: {said} {remedy}")
 
     def _read_scores(self, answer: bytes, count: int) -> list[float | None]:
-        shown = answer[:200].decode(errors="replace")
+        shown = self._without_token(answer.decode(errors="replace"))[:200]
         try:
             scores = json.loads(answer)["scores"]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -225,6 +225,10 @@ class RemoteReward(BlackBoxReward):
                 )
         # NaN means the same as null, as from any reward.
         return [None if score is None or math.isnan(score) else float(score) for score in scores]
+
+    def _without_token(self, text: str) -> str:
+        """What a server said, for messages; one that repeats our header must not bring the token into logs."""
+        return text.replace(self.token, "<token>") if self.token else text
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         if self.token:

@@ -14,11 +14,15 @@
 
 """The settings that every trainer of diffusion models shares."""
 
-from dataclasses import dataclass, field
+import copy
+import os
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from transformers import TrainingArguments
-from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils import is_torch_bf16_gpu_available, strtobool
+
+from .config_checks import check_types
 
 
 @dataclass
@@ -58,6 +62,28 @@ class DiffusionConfig(TrainingArguments):
 
         reward_weights (`list[float]`, *optional*):
             Weight of each reward function. `None` weights all with 1.
+
+        reward_timeout (`float`, *optional*):
+            Seconds that a call of a reward may take; one that takes longer has hung, and is given up. `None` waits for
+            ever.
+        reward_retries (`int`, *optional*, defaults to `2`):
+            Further attempts where a reward fails or hangs. After the last, the run saves a checkpoint and stops.
+
+        > Parameters that control the moving average of the weights
+
+        ema_decay (`float`, *optional*):
+            Decay of an exponential moving average of the trained weights, in (0, 1), e.g. 0.995; it is what
+            evaluations, `generate` and `save_model` use, while rollouts use the weights that are trained. `None` keeps
+            none. Not with DeepSpeed or FSDP.
+
+        > Parameters that control what happens when something breaks
+
+        max_bad_steps (`int`, *optional*, defaults to `5`):
+            A step whose loss or gradient is not finite is not applied; after this many in a row, the run saves a
+            checkpoint and stops.
+        on_save_error (`str`, *optional*, defaults to `"stop"`):
+            What to do where a checkpoint cannot be written, e.g. because the disk is full: `"stop"`, or `"continue"`
+            without it. Either way the last whole checkpoint stays.
 
         > Parameters that control prompts
 
@@ -159,6 +185,32 @@ class DiffusionConfig(TrainingArguments):
         default=None, metadata={"help": "Weight of each reward function. None weights all with 1."}
     )
 
+    reward_timeout: float | None = field(
+        default=None, metadata={"help": "Seconds that a call of a reward may take. None waits for ever."}
+    )
+    reward_retries: int = field(default=2, metadata={"help": "Further attempts where a reward fails or hangs."})
+
+    # Moving average
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Decay of a moving average of the trained weights, used by evaluations and exports. None keeps none."
+        },
+    )
+
+    # Breakdowns
+    max_bad_steps: int = field(
+        default=5,
+        metadata={"help": "Steps in a row with a non-finite loss or gradient after which the run saves and stops."},
+    )
+    on_save_error: str = field(
+        default="stop",
+        metadata={
+            "help": "Whether the run stops or continues where a checkpoint cannot be written.",
+            "choices": ["stop", "continue"],
+        },
+    )
+
     # Prompts
     cache_prompt_embeds: bool = field(
         default=True,
@@ -189,7 +241,11 @@ class DiffusionConfig(TrainingArguments):
             raise ValueError(f"{cls.__name__} has no preset {name!r}. Choose one of {sorted(cls.PRESETS)}.")
         return cls(**{**cls.PRESETS[name], **overrides})
 
+    # Settings that take more than their annotation says, which the command line's parser needs.
+    _UNCHECKED_TYPES: ClassVar[tuple[str, ...]] = ()
+
     def __post_init__(self):
+        check_types(self, self._UNCHECKED_TYPES)
         if self.bf16 is None:
             # On a machine without such an accelerator TrainingArguments refuses bf16.
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
@@ -199,10 +255,21 @@ class DiffusionConfig(TrainingArguments):
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = True
         super().__post_init__()
-        for name in ("height", "width", "num_inference_steps", "rollout_batch_size", "num_eval_images"):
+        if isinstance(self.resume_from_checkpoint, str) and self.resume_from_checkpoint.lower() in ("true", "false"):
+            # The command line knows strings only.
+            self.resume_from_checkpoint = self.resume_from_checkpoint.lower() == "true"
+        for name in (
+            "height", "width", "num_inference_steps", "rollout_batch_size", "num_eval_images",
+            "per_device_train_batch_size", "gradient_accumulation_steps",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        if self.num_inference_steps > 1000:
+            raise ValueError(
+                f"num_inference_steps must be at most 1000, got {self.num_inference_steps}: the models know a thousand "
+                "noise levels."
+            )
         if self.num_inference_steps < 2:
             raise ValueError(
                 f"num_inference_steps must be at least 2, got {self.num_inference_steps}: the last sampling step is "
@@ -217,12 +284,57 @@ class DiffusionConfig(TrainingArguments):
                 f"num_samples_to_log must be at least 1, got {self.num_samples_to_log}. Set log_samples=False to "
                 "write no samples."
             )
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "seed", "data_seed"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}.")
+        for name in ("seed", "data_seed"):
+            value = getattr(self, name)
+            if value is not None and value >= 2**32:
+                raise ValueError(f"{name} must be below 2**32, got {value}.")
         self._check_choice("shared_noise", ("group", "none"))
+        self._check_reliability()
         if self.auto_find_batch_size:
             raise ValueError(
                 "auto_find_batch_size=True is not supported: a smaller batch would break up the groups of a prompt. "
                 "Lower per_device_train_batch_size or rollout_batch_size instead."
             )
+
+    def _check_reliability(self) -> None:
+        self._check_choice("on_save_error", ("stop", "continue"))
+        for name, least in (("reward_retries", 0), ("max_bad_steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        if self.reward_timeout is not None:
+            if self.reward_timeout <= 0:
+                raise ValueError(
+                    f"reward_timeout must be above 0, got {self.reward_timeout}. Use None to wait for ever."
+                )
+            if self.world_size > 1 and self.reward_timeout * (self.reward_retries + 1) >= self.ddp_timeout:
+                raise ValueError(
+                    f"reward_timeout={self.reward_timeout} s in {self.reward_retries + 1} attempts takes longer than "
+                    f"the {self.ddp_timeout} s that processes wait for each other. Lower reward_timeout or "
+                    "reward_retries, or raise ddp_timeout."
+                )
+        if self.ema_decay is not None:
+            if not 0 < self.ema_decay < 1:
+                raise ValueError(
+                    f"ema_decay must lie in (0, 1), got {self.ema_decay}. Use None for no moving average."
+                )
+            fsdp = bool(self.fsdp) or strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false"))
+            if self.deepspeed_plugin is not None or fsdp:
+                raise ValueError(
+                    f"ema_decay={self.ema_decay} is not supported with DeepSpeed or FSDP, where a process does not hold "
+                    "the weights whole. Set ema_decay to None, or train without sharding."
+                )
+
+    def without_secrets(self) -> "DiffusionConfig":
+        """A copy without tokens, to be written to disk."""
+        copied = copy.copy(self)
+        for setting in fields(self):
+            if setting.name.endswith("_token"):
+                setattr(copied, setting.name, None)
+        return copied
 
     def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, name)

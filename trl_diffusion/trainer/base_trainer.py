@@ -16,9 +16,9 @@
 
 import contextlib
 import copy
+import functools
 import json
 import os
-import shutil
 import tempfile
 import time
 from abc import abstractmethod
@@ -40,10 +40,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import load_torch_model, save_torch_state_dict
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, set_seed
+from transformers.trainer_utils import set_seed
 from transformers.utils import logging
 
 from ..data.prompt_cache import PromptCache
@@ -55,12 +54,11 @@ from ..models import load_flow_model, sample_latents, whole_weights
 from ..rewards import Reward, check_reward, load_rewards, score_images
 from .base_config import DiffusionConfig
 from .callbacks import EpochCallback, SampleImagesCallback, Samples
-from .checkpoints import STAGING_NAME, publish
+from .reliable_trainer import ReliableTrainer
 
 
 logger = logging.get_logger(__name__)
 
-STATE_NAME = "trl_diffusion_state.json"
 TRANSFORMER_SUBFOLDER = "transformer"
 WEIGHTS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 
@@ -78,7 +76,7 @@ class _SerializableConfig(FrozenDict):
         return json.dumps(self.to_dict(), indent=2, default=str, sort_keys=True)
 
 
-class DiffusionTrainer(Trainer):
+class DiffusionTrainer(ReliableTrainer):
     """
     Base of the trainers: loads a pipeline, encodes its prompts once, wraps the denoiser in an adapter, and takes
     training steps term by term.
@@ -189,7 +187,6 @@ class DiffusionTrainer(Trainer):
         self.sigmas = sigmas.float()
         self.euler = transition_coefficients(self.sigmas, None)
 
-        self._staging: Path | None = None  # where a checkpoint is being written
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         # Of the base model's images at an evaluation, by the prompts of its dataset.
         self._base_scores: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
@@ -210,7 +207,6 @@ class DiffusionTrainer(Trainer):
             self.add_callback(self.samples_callback)
         # The data loader does not forward the epoch to a sampler inside accelerate's batch sampler.
         self.add_callback(EpochCallback(self._sampler))
-        self._micro_step = 0  # micro-batches trained so far
 
     # ---- What a subclass defines ----
 
@@ -236,20 +232,6 @@ class DiffusionTrainer(Trainer):
     ) -> None:
         """Checks of a subclass that need no weights."""
 
-    def _extra_state(self) -> dict[str, Any]:
-        """What a checkpoint must hold beyond the Trainer's own state, as JSON."""
-        return {"micro_step": self._micro_step}
-
-    def _load_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore what `_extra_state` gave."""
-        self._micro_step = state["micro_step"]
-
-    def _save_process_state(self, folder: str) -> None:
-        """Write what each process must keep for itself into the folder of a checkpoint."""
-
-    def _load_process_state(self, folder: str) -> None:
-        """Restore what `_save_process_state` wrote; called after `_load_extra_state`."""
-
     # ---- Set-up ----
 
     def _default_peft_config(self) -> LoraConfig:
@@ -272,10 +254,6 @@ class DiffusionTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GroupSampler:
         return self._sampler
-
-    def train(self, *args, **kwargs):
-        self._micro_step = 0
-        return super().train(*args, **kwargs)
 
     # ---- Sampling ----
 
@@ -343,7 +321,8 @@ class DiffusionTrainer(Trainer):
         batch_size: int | None = None,
     ) -> torch.Tensor:
         """
-        Sample images deterministically (Euler) on the trainer's schedule, at its size and guidance.
+        Sample images deterministically (Euler) on the trainer's schedule, at its size and guidance, with the moving
+        average of the weights where `ema_decay` is set.
 
         Args:
             prompts (`list[str]` of length B):
@@ -366,21 +345,22 @@ class DiffusionTrainer(Trainer):
             )
         was_training = model.training
         model.eval()
-        latents = sample_latents(
-            self.flow,
-            partial(self.velocity, model),
-            partial(self.prompt_cache.get, device=self.args.device),
-            prompts,
-            seeds,
-            self.sigmas,
-            (self.height, self.width),
-            self.args.device,
-            batch_size or self.rollout_batch_size,
-            adapter_fraction,
-            self.adapter_off,
-            generator_device=self.args.device,
-        )
-        images = torch.cat([self.decode(part).cpu() for part in latents])
+        with self.averaged_weights():
+            latents = sample_latents(
+                self.flow,
+                partial(self.velocity, model),
+                partial(self.prompt_cache.get, device=self.args.device),
+                prompts,
+                seeds,
+                self.sigmas,
+                (self.height, self.width),
+                self.args.device,
+                batch_size or self.rollout_batch_size,
+                adapter_fraction,
+                self.adapter_off,
+                generator_device=self.args.device,
+            )
+            images = torch.cat([self.decode(part).cpu() for part in latents])
         model.train(was_training)
         return images
 
@@ -396,15 +376,13 @@ class DiffusionTrainer(Trainer):
         """Scores `(B, R)` of images, NaN where a reward does not apply; scored `rollout_batch_size` at a time."""
         size = self.rollout_batch_size
         scores = []
-        for reward in rewards.values():
+        for name, reward in rewards.items():
             parts = []
             for start in range(0, len(prompts), size):
                 rows = slice(start, start + size)
-                parts.append(
-                    score_images(
-                        reward, images[rows], prompts[rows], {name: values[rows] for name, values in columns.items()}
-                    )
-                )
+                columns_of_rows = {column: values[rows] for column, values in columns.items()}
+                call = functools.partial(score_images, reward, images[rows], prompts[rows], columns_of_rows)
+                parts.append(self.call_reward(name, prompts[rows], call))
             scores.append(torch.cat(parts))
         return torch.stack(scores, 1) if scores else images.new_zeros((len(prompts), 0))
 
@@ -426,8 +404,11 @@ class DiffusionTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
+        self._stop_if_terminated()
         model.train()
         inputs = self._prepare_inputs(inputs)
+        prompts = self._prompts_of(inputs)
+        self._step_prompts += prompts
         kwargs = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
         with self.timed("update"):
             terms = self.loss_terms(model, inputs)
@@ -440,19 +421,13 @@ class DiffusionTrainer(Trainer):
                 with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
                     state._set_sync_gradients(synchronize and is_last)
                     loss = term()
-                    self._check_finite(loss, inputs, index, len(terms))
+                    self._check_loss(loss, prompts, index, len(terms))
+                    if synchronize and is_last:
+                        self._stop_before_deepspeed_steps()
                     self.accelerator.backward(loss / self.current_gradient_accumulation_steps, **kwargs)
                 total += loss.detach()
             state._set_sync_gradients(synchronize)
         return total / self.current_gradient_accumulation_steps
-
-    def _check_finite(self, loss: torch.Tensor, inputs: Any, index: int, count: int) -> None:
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss is {loss.item()} at optimizer step {self.state.global_step + 1}, term {index + 1} of "
-                f"{count}, on the prompts {self._prompts_of(inputs)}. The step was not applied. Lower learning_rate "
-                "or max_grad_norm, or check the rewards; resume from the last checkpoint."
-            )
 
     @abstractmethod
     def _prompts_of(self, inputs: Any) -> list[str]:
@@ -558,9 +533,10 @@ class DiffusionTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             metrics = self._metrics["train"]
-            logs = {**logs, **{name: float(np.nanmean(values)) for name, values in metrics.items()}}
+            logs = {**logs, **{name: _mean(values) for name, values in metrics.items()}}
             metrics.clear()
             logs.update(self._speed_and_memory())
+            logs["skipped_steps"] = self._skipped_steps
         super().log(logs, start_time)
 
     def _speed_and_memory(self) -> dict[str, float]:
@@ -596,7 +572,7 @@ class DiffusionTrainer(Trainer):
             save_torch_state_dict(
                 network.state_dict() if state_dict is None else state_dict, folder, filename_pattern=WEIGHTS_PATTERN
             )
-        torch.save(self.args, output_dir / "training_args.bin")
+        torch.save(self.args.without_secrets(), output_dir / "training_args.bin")
 
     def create_model_card(
         self,
@@ -673,6 +649,7 @@ class DiffusionTrainer(Trainer):
         full = not isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
         if full and not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
+            self._restart_average()
         else:
             super()._load_best_model()
 
@@ -685,59 +662,20 @@ class DiffusionTrainer(Trainer):
                 network, Path(resume_from_checkpoint) / TRANSFORMER_SUBFOLDER, filename_pattern=WEIGHTS_PATTERN
             )
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # transformers writes file by file, so a process killed meanwhile would leave a broken newest checkpoint.
-        args = self.args
-        run_folder = Path(self._get_output_dir(trial))
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        staging = run_folder / STAGING_NAME
-        if args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-            (staging / name).mkdir(parents=True)
-            if not args.save_only_model:
-                (staging / name / STATE_NAME).write_text(json.dumps(self._extra_state(), indent=2), encoding="utf-8")
-        self.accelerator.wait_for_everyone()
-        self._staging = staging
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = None
-        self.accelerator.wait_for_everyone()
-        if args.should_save:
-            best = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-            if best.name == name or best.exists():
-                self.state.best_model_checkpoint = str(best)
-                self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
-            publish(staging / name, run_folder / name)
-            staging.rmdir()
-            rotate_checkpoints(
-                str(run_folder), args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
-            )
-        if args.push_to_hub:
-            self._push_from_checkpoint(str(run_folder / name))
-
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Called by `Trainer._save_checkpoint` too early: the upload would run while the folder is renamed.
         if self._staging is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self._load_extra_state(json.loads((Path(checkpoint) / STATE_NAME).read_text(encoding="utf-8")))
-            self._load_process_state(checkpoint)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        # Called on every process, once the folder of the checkpoint exists.
-        super()._save_rng_state(output_dir)
-        self._save_process_state(output_dir)
-
 
 def _identity(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
+
+
+def _mean(values: list[float]) -> float:
+    """The mean of what is not NaN; NaN where all is, as in a step whose loss is not finite."""
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")
 
 
 def _check_writable(folder: str) -> None:

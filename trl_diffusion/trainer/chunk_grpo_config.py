@@ -103,6 +103,7 @@ class ChunkGRPOConfig(DiffusionConfig):
             Normalise the weighted sum of the rewards, or sum the normalised rewards (`"normalize_then_sum"`).
     """
 
+    _UNCHECKED_TYPES = ("chunk_sizes", "chunk_sampling")
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         # https://huggingface.co/papers/2510.21583
         "chunk_grpo": {
@@ -290,7 +291,7 @@ class ChunkGRPOConfig(DiffusionConfig):
         else:
             try:
                 sizes = [int(size) for size in sizes]
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise ValueError(
                     f"chunk_sizes must be a list of sizes, 'equal:N' or 'temporal', got {self.chunk_sizes!r}."
                 ) from error
@@ -312,7 +313,7 @@ class ChunkGRPOConfig(DiffusionConfig):
             num_chunks = self.num_chunks if self.chunk_sizes == "temporal" else len(self.chunk_sizes)
             try:
                 indices = sorted(int(index) for index in sampling)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise ValueError(
                     f"chunk_sampling must be 'uniform', 'temporal' or a list of chunk indices, got {sampling!r}."
                 ) from error

@@ -135,6 +135,7 @@ class ChunkGRPOTrainer(DiffusionTrainer):
     _name = "Chunk-GRPO"
     _papers = ("chunk_grpo", "dance_grpo", "flow_grpo")
     config_class = ChunkGRPOConfig
+    _state_within_step = ("_micro_step", "_generation", "chunk_sizes")
 
     def __init__(
         self,

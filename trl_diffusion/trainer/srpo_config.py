@@ -126,6 +126,7 @@ class SRPOConfig(DiffusionConfig):
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*DiffusionConfig._VALID_DICT_FIELDS, "positive_words", "negative_words"]
 
+    _UNCHECKED_TYPES = ("positive_words", "negative_words")
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         # https://huggingface.co/papers/2509.06942
         "srpo_hpsv2": {
@@ -298,7 +299,9 @@ class SRPOConfig(DiffusionConfig):
         for name in ("positive_words", "negative_words"):
             words = getattr(self, name)
             lists = list(words.values()) if isinstance(words, dict) else [words]
-            if any(isinstance(words_, str) for words_ in lists):
+            if not all(
+                isinstance(words_, list | tuple) and all(isinstance(word, str) for word in words_) for words_ in lists
+            ):
                 raise ValueError(f"{name} must be a list of words, or a dict of lists by reward, got {words!r}.")
             if self.preference != "absolute" and not (lists and all(lists)):
                 raise ValueError(

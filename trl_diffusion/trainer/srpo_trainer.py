@@ -14,6 +14,7 @@
 
 """Direct-Align with semantic relative preference: a differentiable reward reaches any noise level in one forward."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -383,7 +384,8 @@ class SRPOTrainer(DiffusionTrainer):
         values = {}
         for (name, reward), weight in zip(self.rewards.items(), self.reward_weights.tolist(), strict=True):
             prompt_sets = self._reward_prompts(name, batch.prompts)
-            positive, *negatives = scores_of_prompt_sets(reward, images, prompt_sets)
+            call = functools.partial(scores_of_prompt_sets, reward, images, prompt_sets)
+            positive, *negatives = self.call_reward(name, batch.prompts, call)
             negative = negatives[0] if negatives else None
             preference = relative_preference(positive, negative, discount, branch, args.preference)
             loss = loss + weight * preference_loss(preference, args.reward_threshold).mean()
@@ -443,7 +445,9 @@ class SRPOTrainer(DiffusionTrainer):
                 prompt_sets = [args.control_prompts(words, name, i, prompts) for i in range(count)]
                 for start in range(0, len(prompts), self.rollout_batch_size):
                     part = slice(start, start + self.rollout_batch_size)
-                    parts = scores_of_prompt_sets(reward, images[part], [prompts_[part] for prompts_ in prompt_sets])
+                    sets = [prompts_[part] for prompts_ in prompt_sets]
+                    call = functools.partial(scores_of_prompt_sets, reward, images[part], sets)
+                    parts = self.call_reward(name, prompts[part], call)
                     objective[part] += sign * weight * torch.stack(parts).mean(0)
         scores = {"objective": objective, **scores}
         compared = [name for name in scores if name == "objective" or name.startswith("watch/")]

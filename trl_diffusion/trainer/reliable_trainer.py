@@ -1,0 +1,459 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A `transformers.Trainer` whose runs lose nothing, whatever happens to them."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from accelerate.utils import DistributedType, gather_object
+from safetensors import SafetensorError
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from .checkpoints import (
+    STAGING_NAME,
+    STATE_NAME,
+    last_whole_checkpoint,
+    publish,
+    recover,
+    rotate,
+    why_incomplete,
+    write_manifest,
+)
+from .ema import EMA_NAME, WeightAverage
+from .reward_calls import RewardError, call_reward, shown
+
+
+logger = logging.get_logger(__name__)
+
+# The exit status of a process that SIGTERM ends.
+SIGTERM_STATUS = 128 + signal.SIGTERM
+
+T = TypeVar("T")
+
+
+class StepCallback(TrainerCallback):
+    """Tells a [`ReliableTrainer`] where in a step it is."""
+
+    def __init__(self, trainer: "ReliableTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self.trainer._begin_run()
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self.trainer._skip_bad_step()
+
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self.trainer._after_optimizer_step()
+
+
+class ReliableTrainer(Trainer):
+    """
+    What a run needs to survive: checkpoints that are whole or not there, a resume that passes over broken ones, a
+    checkpoint on SIGTERM, steps with a non-finite loss or gradient left out, rewards that fail, a full disk, and the
+    moving average of the weights.
+
+    All processes agree on each of these, so that none waits for another that has stopped.
+    """
+
+    # Attributes that change between two optimizer steps and belong into a checkpoint.
+    _state_within_step: tuple[str, ...] = ("_micro_step",)
+
+    def __init__(self, *args, **kwargs):
+        self._micro_step = 0  # micro-batches trained so far
+        self._staging: Path | None = None  # where a checkpoint is being written
+        self._save_error: Exception | None = None
+        self._saved_step: int | None = None  # of the last checkpoint of this run
+        self._terminated = False
+        self._bad_losses: list[str] = []  # of the micro-batches of this step
+        self._step_prompts: list[str] = []
+        self._bad_steps_in_a_row = 0
+        self._skipped_steps = 0
+        self._last_skip = ""
+        self.weight_average: WeightAverage | None = None
+        super().__init__(*args, **kwargs)
+        if self.args.ema_decay is not None:
+            trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            self.weight_average = WeightAverage(trained, self.args.ema_decay)
+        self.add_callback(StepCallback(self))
+
+    # ---- What a subclass defines ----
+
+    def _extra_state(self) -> dict[str, Any]:
+        """What a checkpoint must hold beyond the Trainer's own state, as JSON."""
+        return {
+            "micro_step": self._micro_step,
+            "bad_steps_in_a_row": self._bad_steps_in_a_row,
+            "skipped_steps": self._skipped_steps,
+        }
+
+    def _load_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore what `_extra_state` gave."""
+        self._micro_step = state["micro_step"]
+        self._bad_steps_in_a_row = state["bad_steps_in_a_row"]
+        self._skipped_steps = state["skipped_steps"]
+
+    def _save_process_state(self, folder: str) -> None:
+        """Write what each process must keep for itself into the folder of a checkpoint."""
+
+    def _load_process_state(self, folder: str) -> None:
+        """Restore what `_save_process_state` wrote; called after `_load_extra_state`."""
+
+    # ---- A run ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        run_folder = Path(self.args.output_dir)
+        if self.args.should_save:
+            recover(run_folder)
+        self.accelerator.wait_for_everyone()
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(run_folder)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"There is no whole checkpoint in {str(run_folder)!r} to resume from. Train without "
+                    "resume_from_checkpoint, or give the folder of a checkpoint."
+                )
+            resume_from_checkpoint = str(resume_from_checkpoint)
+            logger.info(f"Resuming from {resume_from_checkpoint}.")
+        elif resume_from_checkpoint:
+            reason = why_incomplete(Path(resume_from_checkpoint))
+            if reason is not None:
+                raise ValueError(
+                    f"resume_from_checkpoint {str(resume_from_checkpoint)!r} is no whole checkpoint: {reason}. Give "
+                    "another one, or True for the last whole one of output_dir."
+                )
+        self._micro_step = self._bad_steps_in_a_row = self._skipped_steps = 0
+        self._saved_step = None
+        self._bad_losses, self._step_prompts = [], []
+        try:
+            with self._sigterm_handled():
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.is_in_train = False  # `Trainer` leaves it set where a run ends early
+
+    def _begin_run(self) -> None:
+        self._first_step = self.state.global_step
+        self._remember_step()
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        # The end of an optimizer step, and of an epoch. The state is kept before as well: an evaluation may fail.
+        self._remember_step()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._remember_step()
+        if self._bad_steps_in_a_row >= self.args.max_bad_steps:
+            count, self._bad_steps_in_a_row = self._bad_steps_in_a_row, 0
+            raise FloatingPointError(
+                f"{self._last_skip} That was step {count} of {count} in a row, so the run stops "
+                f"(max_bad_steps={self.args.max_bad_steps}). Lower learning_rate or max_grad_norm, or check the "
+                f"rewards. {self._save_last_step()}"
+            )
+        self._stop_if_terminated()
+
+    def _remember_step(self) -> None:
+        """Keep what changes before the next optimizer step, besides weights and optimizer."""
+        random_state = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
+        if self.args.device.type != "cpu":
+            module = torch.get_device_module(self.args.device)
+            random_state["device"] = module.get_rng_state(self.args.device)
+        self._last_step = {name: vars(self)[name] for name in self._state_within_step}, random_state
+
+    def _save_last_step(self) -> str:
+        """
+        Save the state after the last optimizer step, from anywhere within the next; to be called by all processes, and
+        to be followed by the end of the run. Returns a sentence that says where it is.
+        """
+        step = self.state.global_step
+        if step == self._first_step:
+            return "This run has taken no step yet, so there is nothing to save."
+        folder = Path(self._get_output_dir(None)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if self._saved_step != step:
+            attributes, random_state = self._last_step
+            vars(self).update(attributes)
+            random.setstate(random_state["python"])
+            np.random.set_state(random_state["numpy"])
+            torch.set_rng_state(random_state["cpu"])
+            if self.args.device.type != "cpu":
+                module = torch.get_device_module(self.args.device)
+                module.set_rng_state(random_state["device"], self.args.device)
+            self.model.zero_grad()
+            self._save_checkpoint(self.model, None)
+        return f"Step {step} is saved in {folder}; resume with resume_from_checkpoint=True."
+
+    def _any_process(self, flag: bool) -> bool:
+        """Whether `flag` is set on any process; all processes must call this."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        count = torch.tensor(float(flag), device=self.args.device)
+        return self.accelerator.reduce(count, reduction="sum").item() > 0
+
+    # ---- SIGTERM ----
+
+    @contextlib.contextmanager
+    def _sigterm_handled(self) -> Iterator[None]:
+        """A first SIGTERM ends the run after a checkpoint; a second one does what it would do otherwise."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python lets the main thread alone set handlers
+            return
+
+        previous = signal.getsignal(signal.SIGTERM)
+
+        def handle(number, frame):
+            self._terminated = True
+            signal.signal(signal.SIGTERM, previous)
+
+        self._terminated = False
+        signal.signal(signal.SIGTERM, handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    def _stop_if_terminated(self) -> None:
+        """Where a process has got SIGTERM, save and leave; called at each micro-batch and at the end of a step."""
+        if self._any_process(self._terminated):
+            where = self._save_last_step()
+            if self.is_world_process_zero():
+                logger.warning(f"SIGTERM: the run ends with exit status {SIGTERM_STATUS}. {where}")
+            raise SystemExit(SIGTERM_STATUS)
+
+    # ---- Steps that are not finite ----
+
+    def _check_loss(self, loss: torch.Tensor, prompts: Sequence[str], index: int, count: int) -> None:
+        """Note a loss that is not finite. Its gradient is taken all the same, since other processes take theirs."""
+        if not torch.isfinite(loss):
+            self._bad_losses.append(
+                f"the loss of term {index + 1} of {count} is {loss.item()} on the prompts {shown(prompts)}"
+            )
+
+    def _stop_before_deepspeed_steps(self) -> None:
+        # DeepSpeed takes the step inside of the last backward pass, so it cannot be left out afterwards.
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED and self._any_process(
+            bool(self._bad_losses)
+        ):
+            reports = gather_object(self._bad_losses)
+            raise FloatingPointError(
+                f"At optimizer step {self.state.global_step + 1} {'; '.join(reports)}. The step was not applied, and "
+                "DeepSpeed cannot leave out a step, so the run stops. Lower learning_rate or max_grad_norm, or check "
+                f"the rewards. {self._save_last_step()}"
+            )
+
+    def _skip_bad_step(self) -> None:
+        """Before an optimizer step: take the gradients away where one of them, or a loss, is not finite."""
+        bad = bool(self._bad_losses)
+        if self.accelerator.scaler is None:
+            # With float16 the scaler leaves out steps that overflow, and such steps are usual.
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            gradients = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
+            bad = bad or not _all_finite(gradients)
+        bad = self._any_process(bad)
+        if bad:
+            reports = gather_object(self._bad_losses)
+            if not reports:
+                prompts = gather_object(self._step_prompts)
+                reports = [f"the gradient is not finite on the prompts {shown(prompts)}"]
+            # An optimizer passes over parameters without a gradient: weights and its state stay as they are.
+            self.model.zero_grad(set_to_none=True)
+            self._skipped_steps += 1
+            self._bad_steps_in_a_row += 1
+            self._last_skip = f"Optimizer step {self.state.global_step + 1} was not applied: {'; '.join(reports)}."
+            if self.is_world_process_zero():
+                logger.warning(self._last_skip)
+        else:
+            self._bad_steps_in_a_row = 0
+        self._bad_losses, self._step_prompts = [], []
+
+    # ---- Rewards that fail ----
+
+    def call_reward(self, name: str, prompts: Sequence[str], call: Callable[[], T]) -> T:
+        """
+        Call a reward under `reward_timeout` and `reward_retries`. During a training all processes must call this
+        together: where it fails for good on one of them, all of them save a checkpoint and stop.
+        """
+        args = self.args
+        result, failure = None, None
+        try:
+            result = call_reward(name, prompts, call, args.reward_timeout, args.reward_retries, args.device)
+        except (RewardError, TypeError, ValueError) as error:
+            failure = error
+        if not self.is_in_train:
+            if failure is not None:
+                raise failure
+            return result
+        if self._any_process(failure is not None):
+            messages = gather_object([] if failure is None else [str(failure)])
+            where = self._save_last_step()
+            if failure is None:
+                failure = RewardError(f"On another process: {messages[0]}")
+            if self.is_world_process_zero():
+                logger.error(f"The run stops, because a reward failed: {messages[0]}. {where}")
+            raise failure
+        return result
+
+    # ---- Moving average ----
+
+    def _after_optimizer_step(self) -> None:
+        if self.weight_average is not None and self._bad_steps_in_a_row == 0:
+            self.weight_average.step()
+
+    def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Within this context the weights are their moving average, where `ema_decay` is set."""
+        return contextlib.nullcontext() if self.weight_average is None else self.weight_average.applied()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        with self.averaged_weights(), self._save_errors_noted():
+            super().save_model(output_dir, _internal_call)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._restart_average()
+
+    def _restart_average(self) -> None:
+        if self.weight_average is not None:
+            self.weight_average.reset()
+
+    # ---- Checkpoints ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    @contextlib.contextmanager
+    def _save_errors_noted(self) -> Iterator[None]:
+        """While a checkpoint is written, errors wait: other processes are still on their way to the next barrier."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if self._staging is None:
+                raise
+            self._save_error = self._save_error or error
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # transformers writes file by file, so a process killed meanwhile would leave a broken newest checkpoint.
+        args = self.args
+        run_folder = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging = run_folder / STAGING_NAME
+        best_before = self.state.best_model_checkpoint
+        self._save_error = None
+        self._staging = staging
+        try:
+            if args.should_save:
+                with self._save_errors_noted():
+                    self._begin_checkpoint(staging / name)
+            self.accelerator.wait_for_everyone()
+            with self._save_errors_noted():
+                super()._save_checkpoint(model, trial)
+            failed = self._any_process(self._save_error is not None)
+            if args.should_save and not failed:
+                with self._save_errors_noted():
+                    best = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+                    if best.name == name or best.exists():
+                        self.state.best_model_checkpoint = str(best)
+                        self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+                    write_manifest(staging / name)
+                    publish(staging / name, run_folder / name)
+            failed = failed or self._any_process(self._save_error is not None)
+        finally:
+            self._staging = None
+        free = shutil.disk_usage(run_folder).free
+        if args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        if failed:
+            self.state.best_model_checkpoint = best_before
+            self._report_save_error(run_folder, name, free)
+            return
+        self._saved_step = self.state.global_step
+        if args.should_save:
+            keep = {run_folder / name}
+            if self.state.best_model_checkpoint is not None:
+                keep.add(Path(self.state.best_model_checkpoint))
+            rotate(run_folder, args.save_total_limit, keep)
+        if args.push_to_hub:
+            self._push_from_checkpoint(str(run_folder / name))
+
+    def _begin_checkpoint(self, folder: Path) -> None:
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        folder.mkdir(parents=True)
+        if not self.args.save_only_model:
+            (folder / STATE_NAME).write_text(json.dumps(self._extra_state(), indent=2), encoding="utf-8")
+            if self.weight_average is not None:
+                self.weight_average.save(folder / EMA_NAME)
+
+    def _report_save_error(self, run_folder: Path, name: str, free: int) -> None:
+        last = last_whole_checkpoint(run_folder)
+        message = (
+            f"The checkpoint {name} could not be written to {str(run_folder)!r}, which had {free / 2**20:.1f} MiB free: "
+            f"{self._save_error or 'another process says why'}. "
+            + ("There is no whole checkpoint yet." if last is None else f"The last whole checkpoint is {last.name}.")
+        )
+        if self.args.on_save_error == "continue":
+            if self.is_world_process_zero():
+                logger.error(f"{message} The run goes on (on_save_error='continue').")
+            return
+        raise OSError(
+            f"{message} Free some space and resume with resume_from_checkpoint=True, or set "
+            "on_save_error='continue' to go on without checkpoints until there is space."
+        ) from self._save_error
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self._save_errors_noted():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        with self._save_errors_noted():
+            super()._save_scaler(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # Called on every process, once the folder of the checkpoint exists.
+        with self._save_errors_noted():
+            super()._save_rng_state(output_dir)
+            self._save_process_state(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            has_average = os.path.exists(os.path.join(checkpoint, EMA_NAME))
+            if has_average != (self.weight_average is not None):
+                raise ValueError(
+                    f"The checkpoint {checkpoint} was written {'with' if has_average else 'without'} ema_decay, but "
+                    f"ema_decay is {self.args.ema_decay}. Resume with the setting that it was written with."
+                )
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._load_extra_state(json.loads((Path(checkpoint) / STATE_NAME).read_text(encoding="utf-8")))
+            self._load_process_state(checkpoint)
+            if self.weight_average is not None:
+                self.weight_average.load(Path(checkpoint) / EMA_NAME)
+
+
+def _all_finite(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Whether all elements of all tensors are finite, as a tensor; true of none."""
+    if not gradients:
+        return torch.tensor(True)
+    # A norm is finite if and only if all elements are, unless it overflows, and such a gradient cannot be used either.
+    return torch.stack(torch._foreach_norm(gradients)).isfinite().all()
