@@ -16,6 +16,7 @@
 
 import html
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -223,7 +224,8 @@ def build_model_card(
         prompt (`str`, *optional*):
             Prompt of the usage example.
         metrics (`Mapping`, *optional*):
-            Results, `{"base": {measure: (mean, low, high)}, "aligned": {...}}`, with the same measures in both.
+            Results, `{"base": {measure: (mean, low, high)}, "aligned": {...}}`, with the same measures in both; low and
+            high are NaN where there is no interval.
         metrics_note (`str`, *optional*):
             One sentence below the results: what was measured and how.
         images (`Mapping[str, str]`, *optional*):
@@ -297,7 +299,8 @@ def build_model_card(
         for measure, base in metrics["base"].items():
             cells = [escape(measure)]
             for mean, low, high in (base, metrics["aligned"][measure]):
-                cells.append(f"{_number(mean)} ({_number(low)} to {_number(high)})")
+                interval = "" if math.isnan(low) else f" ({_number(low)} to {_number(high)})"
+                cells.append(_number(mean) + interval)
             rows.append(cells)
 
     return ModelCard.from_template(

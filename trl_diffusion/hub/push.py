@@ -63,7 +63,7 @@ def _explain(error: BaseException, token: str | None) -> str:
     if status == 403:
         return (
             "the token may not write there (403). Use a token with write permission, or a hub_model_id in a namespace "
-            "of yours."
+            "of yours. If this came in the middle of an upload, its address had expired: push again."
         )
     if status is not None:
         return f"the Hub answered {status}: {str(error).strip()}"

@@ -43,6 +43,7 @@ from ..hub import (
     push_files,
     shown_files,
 )
+from ..metrics.reward_metric import by_prompt, clustered_mean
 from ..rewards import to_pil
 from .base_config import DiffusionConfig
 
@@ -75,12 +76,10 @@ class PublishingMixin:
         model_name: str | None = None,
         dataset_name: str | None = None,
         tags: str | list[str] | None = None,
-        samples: dict[str, str] | None = None,
         **card,
     ) -> None:
         """
-        Write the model card `README.md` into `output_dir`. What is given here, other than `samples`, is kept for the
-        cards of later pushes.
+        Write the model card `README.md` into `output_dir`. What is given here is kept for the cards of later pushes.
 
         The card states the licence of the base model if the Hub can be asked for it.
 
@@ -91,17 +90,19 @@ class PublishingMixin:
                 Dataset of the prompts.
             tags (`str` or `list[str]`, *optional*):
                 More tags.
-            samples (`dict[str, str]`, *optional*):
-                Pictures for the gallery, path relative to `output_dir` and prompt. `None` takes the newest sample
-                images of the training, one a prompt.
             **card:
-                Passed to [`~trl_diffusion.hub.build_model_card`], as `prompt`, `metrics`, `images` or `license`.
+                Passed to [`~trl_diffusion.hub.build_model_card`], as `prompt`, `metrics`, `images`, `license` or
+                `samples`; the last are by default the newest sample images of the training, one a prompt.
         """
-        if not self.is_world_process_zero():
-            return
         given = {"model_name": model_name, "dataset_name": dataset_name, **card}
         given |= {"tags": [tags] if isinstance(tags, str) else tags}
         card = {**self._card_arguments, **{name: value for name, value in given.items() if value is not None}}
+        self._write_card({"samples": self._newest_samples(), **card})
+        self._card_arguments = card
+
+    def _write_card(self, card: dict[str, Any]) -> None:
+        if not self.is_world_process_zero():
+            return
         args = self.args
         full = not isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
         repository = self.hub_model_id or args.hub_model_id
@@ -127,10 +128,8 @@ class PublishingMixin:
             watched_rewards=list(self.watched_rewards),
             settings=self._card_settings(),
             transformer_class=type(self.flow.denoiser).__name__ if full else None,
-            samples=self._newest_samples() if samples is None else samples,
             **{**defaults, **card, "call_arguments": {**call, **card.get("call_arguments", {})}},
         ).save(Path(args.output_dir) / CARD_NAME)
-        self._card_arguments = card
 
     def _base_license(self) -> dict[str, str]:
         if self._license is None:
@@ -156,6 +155,32 @@ class PublishingMixin:
         return {name: value for name, value in values.items() if value is not None} | {
             "num_processes": self.accelerator.num_processes
         }
+
+    def compare_with_base(self) -> dict[str, dict[str, tuple[float, float, float]]]:
+        """
+        Score the base model and the trained one on the evaluation prompts, `num_eval_images` each, with the same seeds
+        as [`evaluate`]. To be called on every process.
+
+        Returns:
+            `dict`: `{"base": {reward: (mean, low, high)}, "aligned": {...}}` for the rewards and the watched ones; the
+            95 % confidence interval takes images of one prompt for dependent, and is NaN for a single prompt.
+        """
+        count, processes = self.args.num_eval_images, self.accelerator.num_processes
+        share = -(-count // processes)
+        local = [self.accelerator.process_index * share + i for i in range(share)]
+        rows = [self.eval_dataset[index % len(self.eval_dataset)] for index in local]
+        prompts, columns = [row["prompt"] for row in rows], self._columns(rows)
+        rewards = {**self.rewards, **self.watched_rewards}
+        all_prompts = [self.eval_dataset[index % len(self.eval_dataset)]["prompt"] for index in range(count)]
+        results = {}
+        for model, adapter_fraction in (("base", 0.0), ("aligned", 1.0)):
+            images = self.generate(prompts, local, adapter_fraction).to(self.args.device)
+            scores = self.accelerator.gather(self.score(rewards, images, prompts, columns))[:count]
+            results[model] = {}
+            for name, column in zip(rewards, scores.T.cpu().numpy(), strict=True):
+                mean, error = clustered_mean(list(by_prompt(column, all_prompts).values()))
+                results[model][name] = (mean, mean - 1.96 * error, mean + 1.96 * error)
+        return results
 
     # ---- Pictures ----
 
@@ -231,8 +256,11 @@ class PublishingMixin:
         **card,
     ) -> CommitInfo | Future | None:
         """
-        Save the model to `output_dir`, write its card with a gallery of new images, and push both in one commit. To be
-        called on every process.
+        Save the model to `output_dir`, write its card, and push both in one commit. To be called on every process.
+
+        Unless `log_samples` is off, new images are drawn for the card's gallery, `num_samples_to_log` of them. If there
+        is an evaluation dataset and no `metrics` were given, the card shows the rewards of the base model and of the
+        trained one, see [`compare_with_base`].
 
         Args:
             commit_message (`str`, *optional*, defaults to `"End of training"`):
@@ -260,15 +288,23 @@ class PublishingMixin:
         token = args.hub_token if token is None else token
         self.callback_handler.on_push_begin(args, self.state, self.control)
         self.save_model(_internal_call=True)
-        samples = self._draw_gallery() if args.log_samples else None
-        if not self.is_world_process_zero():
-            return None
+        drawn = {"samples": self._draw_gallery()} if args.log_samples else {}
+        has_adapter = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+        if self.eval_dataset is not None and has_adapter and "metrics" not in {**self._card_arguments, **card}:
+            drawn["metrics"] = self.compare_with_base()
+            drawn["metrics_note"] = (
+                f"Measured on {args.num_eval_images} images of prompts that were set aside for evaluation, with the same "
+                "prompts and noise for both."
+            )
         repository = self.hub_model_id or _repository_name(args)
         try:
             if self.hub_model_id is None:
                 self.init_hf_repo(token=token, private=private)
             self._finish_current_push()
-            self.create_model_card(**{"samples": samples, **card})
+            self.create_model_card(**card)
+            self._write_card({**drawn, **self._card_arguments})
+            if not self.is_world_process_zero():
+                return None
             push = (
                 self.hub_model_id,
                 files_of(Path(args.output_dir)),
