@@ -178,7 +178,8 @@ def later(folder, results):
             folder / "Later-name",
             eval_dataset=Dataset.from_dict({"prompt": prompts}),
             save_strategy="no",
-            max_steps=1,
+            max_steps=2,
+            learning_rate=0.5,
             num_eval_images=4,
             num_samples_to_log=1,
         )
@@ -243,6 +244,24 @@ def embedded(folder, results):
         result["adapters"] = names["pipe"].get_active_adapters()
 
 
+def two_processes(folder):
+    """A training on two processes that evaluates; every process calls everything."""
+    trainer = make_trainer(
+        folder / "two",
+        eval_dataset=Dataset.from_dict({"prompt": ["a hill", "snow", "sand"]}),
+        push_to_hub=True,
+        hub_model_id="alice/two",
+        hub_strategy="checkpoint",
+        per_device_train_batch_size=2,
+        num_eval_images=3,
+        num_samples_to_log=2,
+        max_steps=1,
+    )
+    trainer.train()
+    trainer.push_to_hub()
+    trainer.push_to_hub(commit_message="Once more", metrics={"base": {}, "aligned": {}})
+
+
 def main(folder: Path) -> None:
     results = {}
     strategy(folder, results, "end")
@@ -258,4 +277,7 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if "WORLD_SIZE" in os.environ:
+        two_processes(Path(sys.argv[1]))
+    else:
+        main(Path(sys.argv[1]))

@@ -73,12 +73,19 @@ def session(tmp_path_factory):
         environment = {**os.environ, "HF_ENDPOINT": url, "HF_TOKEN": "hf_writing", "HF_HOME": str(folder / "home")}
         environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-        process = subprocess.run(
-            [sys.executable, str(TESTS / "hub" / "hub_run.py"), str(folder)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240,
-        )  # fmt: skip
-        assert process.returncode == 0, process.stdout
-        yield Session(hub, folder, json.loads((folder / "results.json").read_text()), process.stdout)
+        command = [str(TESTS / "hub" / "hub_run.py"), str(folder)]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, *options, *command],
+                env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+            for options in ([], launcher)
+        ]  # fmt: skip
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+        for process, output in zip(processes, outputs, strict=True):
+            assert process.returncode == 0, output
+        yield Session(hub, folder, json.loads((folder / "results.json").read_text()), "".join(outputs))
 
 
 def card_of(files):
@@ -197,6 +204,7 @@ def test_card_shows_the_rewards_of_base_and_aligned(session):
             # Two prompts of two images each: the error of the mean over prompts, and the normal quantile.
             error = scores.mean(0).std(ddof=1) / 2**0.5
             assert (high - low) / 2 == pytest.approx(1.96 * error, abs=2e-4)
+        assert row == 1 or cells[0] != cells[1]  # only redness was trained
     assert "4 images of prompts that were set aside" in card.text
     # What was told before the push is kept.
     assert "![the reward](curve.png)" in card.text and "curve.png" in session.repository("Later-name").files
@@ -252,3 +260,15 @@ def test_the_cards_example_runs_as_it_stands(session):
     result = session.results["embedded"]
     assert result["error"] is None and result["size"] == [32, 32] and result["adapters"] == ["default_0"]
     assert result["weights"] and all(result["weights"].values())
+
+
+def test_two_processes_push_once(session):
+    repository = session.repository("two")
+    assert repository.messages == ["Training in progress, step 1", "End of training", "Once more"]
+    files = repository.files
+    assert {"last-checkpoint/rng_state_0.pth", "last-checkpoint/rng_state_1.pth"} <= files.keys()
+    assert {example["output"]["url"] for example in card_of(files).data.widget} == {
+        "samples/gallery/000.png",
+        "samples/gallery/001.png",
+    }
+    assert "| redness |" in card_of(repository.commits[1][1]).text
