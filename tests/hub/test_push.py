@@ -31,6 +31,9 @@ from PIL import Image
 from safetensors.torch import load, load_file
 
 
+# Two runs start at once, for the whole module: on a busy machine their imports alone take a minute.
+pytestmark = pytest.mark.timeout(600)
+
 TESTS = Path(__file__).resolve().parents[1]
 ADAPTER = {"pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"}
 BASE_MODELS = {
@@ -82,7 +85,7 @@ def session(tmp_path_factory):
             )
             for options in ([], launcher)
         ]  # fmt: skip
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
+        outputs = [process.communicate(timeout=540)[0] for process in processes]
         for process, output in zip(processes, outputs, strict=True):
             assert process.returncode == 0, output
         yield Session(hub, folder, json.loads((folder / "results.json").read_text()), "".join(outputs))
