@@ -118,6 +118,19 @@ class DiffusionConfig(TrainingArguments):
         default=False,
         metadata={"help": "Other columns of the dataset are passed to the reward functions, so they are kept."},
     )
+    # As in transformers 5.23, for the older releases that Python 3.10 gets and that know the second alone.
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Recompute the denoiser's activations in the backward pass. On unless set to False.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "Old name of activation_checkpointing.", "nargs": "?", "const": True},
+    )
     # In this order of types, which the command line's parser needs.
     report_to: None | str | list[str] = field(
         default="none",
@@ -199,6 +212,8 @@ class DiffusionConfig(TrainingArguments):
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = True
         super().__post_init__()
+        if self.activation_checkpointing is None:  # an older release has looked at the old name only
+            self.activation_checkpointing = self.gradient_checkpointing
         for name in ("height", "width", "num_inference_steps", "rollout_batch_size", "num_eval_images"):
             value = getattr(self, name)
             if value is not None and value < 1:
