@@ -52,7 +52,9 @@ class DiffusionConfig(TrainingArguments):
 
         activation_checkpointing (`bool`, *optional*, defaults to `True`):
             Recompute the denoiser's activations in the backward pass, for less memory and about 30 % more time of
-            the update. Its old name `gradient_checkpointing` works as well.
+            the update.
+        gradient_checkpointing (`bool`, *optional*):
+            Old name of `activation_checkpointing`, which works as well.
 
         > Parameters that control rewards
 
