@@ -189,7 +189,8 @@ def run(trainer_class: type[DiffusionTrainer], parser: CommandParser, arguments:
         watch_reward_funcs=script_args.watch_reward_funcs,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)  # saves as well
+    else:
+        trainer.save_model(training_args.output_dir)
     return 0

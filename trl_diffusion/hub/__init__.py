@@ -12,10 +12,37 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What goes to the Hub: the adapter's files and the model card."""
+"""What goes to the Hub, and the way there: the adapter's files, the model card, the push."""
 
 from .adapter import check_lora_config, save_adapter
 from .model_card import build_model_card, hub_id
+from .push import (
+    CARD_NAME,
+    check_login,
+    create_repository,
+    files_of,
+    hub_client,
+    inherited_license,
+    model_files,
+    push_files,
+    push_model,
+    shown_files,
+)
 
 
-__all__ = ["build_model_card", "check_lora_config", "hub_id", "save_adapter"]
+__all__ = [
+    "CARD_NAME",
+    "build_model_card",
+    "check_login",
+    "check_lora_config",
+    "create_repository",
+    "files_of",
+    "hub_client",
+    "hub_id",
+    "inherited_license",
+    "model_files",
+    "push_files",
+    "push_model",
+    "save_adapter",
+    "shown_files",
+]

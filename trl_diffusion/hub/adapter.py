@@ -109,6 +109,9 @@ def save_adapter(
     check_lora_config(config)
     config.inference_mode = True
     config.base_model_name_or_path = base_model
+    if isinstance(config.target_modules, set):
+        # A set has no order: the same adapter would be other bytes, and be uploaded again.
+        config.target_modules = sorted(config.target_modules)
 
     # `save_embedding_layers="auto"` is for language models, and may ask the Hub for the base model's vocabulary.
     lora_layers = get_peft_model_state_dict(

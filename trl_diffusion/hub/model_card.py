@@ -16,6 +16,7 @@
 
 import html
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -192,6 +193,8 @@ def build_model_card(
     metrics: Mapping[str, Mapping[str, tuple[float, float, float]]] | None = None,
     metrics_note: str | None = None,
     images: Mapping[str, str] | None = None,
+    samples: Mapping[str, str] | None = None,
+    license: Mapping[str, str] | None = None,
     transformer_class: str | None = None,
     tags: Sequence[str] = (),
 ) -> ModelCard:
@@ -226,11 +229,17 @@ def build_model_card(
         prompt (`str`, *optional*):
             Prompt of the usage example.
         metrics (`Mapping`, *optional*):
-            Results, `{"base": {measure: (mean, low, high)}, "aligned": {...}}`, with the same measures in both.
+            Results, `{"base": {measure: (mean, low, high)}, "aligned": {...}}`, with the same measures in both; low and
+            high are NaN where there is no interval.
         metrics_note (`str`, *optional*):
             One sentence below the results: what was measured and how.
         images (`Mapping[str, str]`, *optional*):
             Pictures to show: file name, relative to the card, and caption.
+        samples (`Mapping[str, str]`, *optional*):
+            Pictures of the model for the gallery: file name, relative to the card, and prompt.
+        license (`Mapping[str, str]`, *optional*):
+            `license` and, for one that the Hub does not know, `license_name` and `license_link`; see
+            [`~trl_diffusion.hub.inherited_license`].
         transformer_class (`str`, *optional*):
             Name of the transformer's class if the whole transformer was trained; `None` for a LoRA.
         tags (`Sequence[str]`, *optional*):
@@ -245,9 +254,10 @@ def build_model_card(
     unknown = [paper for paper in papers if paper not in PAPERS]
     if unknown:
         raise ValueError(f"papers has {unknown}, which are not known. Choose from {list(PAPERS)}.")
-    for name in images or {}:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name or ":" in name:
-            raise ValueError(f"images has {name!r}, which is no path relative to the card. Pass a file name.")
+    for argument, names in (("images", images), ("samples", samples)):
+        for name in names or {}:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name or ":" in name:
+                raise ValueError(f"{argument} has {name!r}, which is no path relative to the card. Pass a file name.")
 
     base_id = hub_id(base_model)
     if base_model == EMBEDDED_MODEL:
@@ -270,6 +280,7 @@ def build_model_card(
         base_model_relation=None if base_id is None else ("adapter" if is_lora else "finetune"),
         datasets=None if dataset_id is None else [dataset_id],
         library_name="diffusers",
+        **(license or {}),
         pipeline_tag="text-to-image",
         tags=list(
             dict.fromkeys(
@@ -284,6 +295,8 @@ def build_model_card(
                 ]
             )
         ),
+        # The Hub shows these in place of `<Gallery />`.
+        widget=[{"text": prompt, "output": {"url": name}} for name, prompt in (samples or {}).items()] or None,
     )
 
     rows = []
@@ -291,7 +304,8 @@ def build_model_card(
         for measure, base in metrics["base"].items():
             cells = [escape(measure)]
             for mean, low, high in (base, metrics["aligned"][measure]):
-                cells.append(f"{_number(mean)} ({_number(low)} to {_number(high)})")
+                interval = "" if math.isnan(low) else f" ({_number(low)} to {_number(high)})"
+                cells.append(_number(mean) + interval)
             rows.append(cells)
 
     return ModelCard.from_template(
@@ -311,6 +325,7 @@ def build_model_card(
             prompt=prompt,
             call_arguments=call_arguments or {},
         ),
+        gallery=bool(samples),
         images={name.replace(" ", "%20"): escape(caption) for name, caption in (images or {}).items()},
         metrics=rows,
         metrics_note=None if metrics_note is None else escape(metrics_note),

@@ -56,7 +56,9 @@ class DiffusionConfig(TrainingArguments):
 
         activation_checkpointing (`bool`, *optional*, defaults to `True`):
             Recompute the denoiser's activations in the backward pass, for less memory and about 30 % more time of
-            the update. Its old name `gradient_checkpointing` works as well.
+            the update.
+        gradient_checkpointing (`bool`, *optional*):
+            Old name of `activation_checkpointing`, which works as well.
 
         > Parameters that control rewards
 
@@ -143,6 +145,19 @@ class DiffusionConfig(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False,
         metadata={"help": "Other columns of the dataset are passed to the reward functions, so they are kept."},
+    )
+    # As in transformers 5.23, for the older releases that Python 3.10 gets and that know the second alone.
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Recompute the denoiser's activations in the backward pass. On unless set to False.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "Old name of activation_checkpointing.", "nargs": "?", "const": True},
     )
     # In this order of types, which the command line's parser needs.
     report_to: None | str | list[str] = field(
@@ -255,6 +270,8 @@ class DiffusionConfig(TrainingArguments):
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = True
         super().__post_init__()
+        if self.activation_checkpointing is None:  # an older release has looked at the old name only
+            self.activation_checkpointing = self.gradient_checkpointing
         if isinstance(self.resume_from_checkpoint, str) and self.resume_from_checkpoint.lower() in ("true", "false"):
             # The command line knows strings only.
             self.resume_from_checkpoint = self.resume_from_checkpoint.lower() == "true"

@@ -24,7 +24,6 @@ import time
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import load_torch_model, save_torch_state_dict
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import set_seed
 from transformers.utils import logging
@@ -49,11 +48,12 @@ from ..data.prompt_cache import PromptCache
 from ..data.prompts import check_prompts
 from ..data.sampler import GroupSampler
 from ..flow import shifted_schedule, transition_coefficients
-from ..hub import build_model_card, check_lora_config, hub_id, save_adapter
+from ..hub import check_lora_config, hub_id, save_adapter
 from ..models import load_flow_model, sample_latents, whole_weights
 from ..rewards import Reward, check_reward, load_rewards, score_images
 from .base_config import DiffusionConfig
 from .callbacks import EpochCallback, SampleImagesCallback, Samples
+from .publishing import PublishingMixin
 from .reliable_trainer import ReliableTrainer
 
 
@@ -76,7 +76,7 @@ class _SerializableConfig(FrozenDict):
         return json.dumps(self.to_dict(), indent=2, default=str, sort_keys=True)
 
 
-class DiffusionTrainer(ReliableTrainer):
+class DiffusionTrainer(PublishingMixin, ReliableTrainer):
     """
     Base of the trainers: loads a pipeline, encodes its prompts once, wraps the denoiser in an adapter, and takes
     training steps term by term.
@@ -132,6 +132,7 @@ class DiffusionTrainer(ReliableTrainer):
         self._sampler = self._make_sampler(args, train_dataset)
         if args.should_save:
             _check_writable(args.output_dir)
+        self._check_hub(args)
 
         full_fine_tuning = peft_config is False
         self.model_name = model if isinstance(model, str) else model.config.get("_name_or_path")
@@ -187,6 +188,7 @@ class DiffusionTrainer(ReliableTrainer):
         self.sigmas = sigmas.float()
         self.euler = transition_coefficients(self.sigmas, None)
 
+        self._card_arguments = {}
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         # Of the base model's images at an evaluation, by the prompts of its dataset.
         self._base_scores: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
@@ -574,76 +576,6 @@ class DiffusionTrainer(ReliableTrainer):
             )
         torch.save(self.args.without_secrets(), output_dir / "training_args.bin")
 
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-        **card,
-    ) -> None:
-        """
-        Write the model card `README.md` into `output_dir`.
-
-        Args:
-            model_name (`str`, *optional*):
-                Title; the name of the repository or of the method by default.
-            dataset_name (`str`, *optional*):
-                Dataset of the prompts.
-            tags (`str` or `list[str]`, *optional*):
-                More tags.
-            **card:
-                Passed to [`~trl_diffusion.hub.build_model_card`], as `prompt`, `metrics` or `images`.
-        """
-        if not self.is_world_process_zero():
-            return
-        args = self.args
-        full = not isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
-        repository = self.hub_model_id or args.hub_model_id
-        if model_name is None:
-            model_name = self._name if repository is None else repository.rpartition("/")[2]
-        call = {
-            "height": self.height,
-            "width": self.width,
-            "guidance_scale": self.guidance_scale,
-            "num_inference_steps": args.num_inference_steps,
-        }
-        build_model_card(
-            model_name=model_name,
-            pipeline_class=type(self.flow.pipeline).__name__,
-            base_model=self.model_name,
-            hub_model_id=repository,
-            dataset_name=dataset_name,
-            trainer_name=type(self).__name__,
-            papers=self._papers,
-            rewards=dict(zip(self.rewards, self.reward_weights.tolist(), strict=True)),
-            watched_rewards=list(self.watched_rewards),
-            settings=self._card_settings(),
-            call_arguments={**call, **card.pop("call_arguments", {})},
-            prompt=card.pop("prompt", self.train_dataset[0]["prompt"]),
-            transformer_class=type(self.flow.denoiser).__name__ if full else None,
-            tags=[tags] if isinstance(tags, str) else (tags or []),
-            **card,
-        ).save(Path(args.output_dir) / "README.md")
-
-    def _card_settings(self) -> dict[str, Any]:
-        """What a reader needs to repeat the training; no paths."""
-        names = {field.name for field in fields(self.config_class)} - {
-            field.name for field in fields(TrainingArguments)
-        }
-        names |= {
-            "learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size",
-            "gradient_accumulation_steps", "weight_decay", "max_grad_norm", "lr_scheduler_type", "seed", "bf16",
-        }  # fmt: skip
-        values = {name: value for name, value in self.args.to_dict().items() if name in names}
-        values |= {"height": self.height, "width": self.width, "guidance_scale": self.guidance_scale}
-        network = self.accelerator.unwrap_model(self.model)
-        if isinstance(network, PeftModel):
-            config = network.peft_config["default"]
-            values |= {"lora_r": config.r, "lora_alpha": config.lora_alpha}
-        return {name: value for name, value in values.items() if value is not None} | {
-            "num_processes": self.accelerator.num_processes
-        }
-
     def _load_best_model(self) -> None:
         # The Trainer looks for a whole model under other names.
         full = not isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
@@ -661,11 +593,6 @@ class DiffusionTrainer(ReliableTrainer):
             load_torch_model(
                 network, Path(resume_from_checkpoint) / TRANSFORMER_SUBFOLDER, filename_pattern=WEIGHTS_PATTERN
             )
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Called by `Trainer._save_checkpoint` too early: the upload would run while the folder is renamed.
-        if self._staging is None:
-            super()._push_from_checkpoint(checkpoint_folder)
 
 
 def _identity(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
