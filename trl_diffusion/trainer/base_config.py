@@ -20,6 +20,8 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
+from .sharding import set_bucket_sizes
+
 
 @dataclass
 class DiffusionConfig(TrainingArguments):
@@ -53,6 +55,10 @@ class DiffusionConfig(TrainingArguments):
         activation_checkpointing (`bool`, *optional*, defaults to `True`):
             Recompute the denoiser's activations in the backward pass, for less memory and about 30 % more time of
             the update. Its old name `gradient_checkpointing` works as well.
+
+        ds3_gather_for_rollout (`bool`, *optional*, defaults to `True`):
+            With DeepSpeed ZeRO-3, gather the network's weights once for a rollout, which is then faster. `False` gathers
+            them layer by layer in each forward, for networks that do not fit onto one accelerator.
 
         > Parameters that control rewards
 
@@ -154,6 +160,15 @@ class DiffusionConfig(TrainingArguments):
         },
     )
 
+    # Memory
+    ds3_gather_for_rollout: bool = field(
+        default=True,
+        metadata={
+            "help": "With DeepSpeed ZeRO-3, gather the network's weights once for a rollout, which is then faster. False "
+            "gathers them layer by layer in each forward, for networks that do not fit onto one accelerator."
+        },
+    )
+
     # Rewards
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each reward function. None weights all with 1."}
@@ -199,6 +214,8 @@ class DiffusionConfig(TrainingArguments):
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = True
         super().__post_init__()
+        if self.deepspeed_plugin is not None:
+            set_bucket_sizes(self.deepspeed_plugin)
         for name in ("height", "width", "num_inference_steps", "rollout_batch_size", "num_eval_images"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
@@ -39,6 +39,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import load_torch_model, save_torch_state_dict
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
@@ -55,6 +56,7 @@ from ..rewards import Reward, check_reward, load_rewards, score_images
 from .base_config import DiffusionConfig
 from .callbacks import EpochCallback, SampleImagesCallback, Samples
 from .checkpoints import STAGING_NAME, publish
+from .sharding import gathered, keep_float32_inputs, shard_on_cpu, trains_on_several_cpu_processes
 
 
 logger = logging.get_logger(__name__)
@@ -145,6 +147,9 @@ class DiffusionTrainer(Trainer):
                 torch_dtype=torch.bfloat16 if args.bf16 and not full_fine_tuning else torch.float32,
                 size=(args.height, args.width),
             )
+        if args.deepspeed_plugin is not None and args.bf16:
+            # DeepSpeed converts the weights; without it they stay and autocast does.
+            self.flow.dtype = torch.bfloat16
         self.height = self.flow.default_size[0] if args.height is None else args.height
         self.width = self.flow.default_size[1] if args.width is None else args.width
         self.flow.check_size(self.height, self.width)
@@ -262,6 +267,14 @@ class DiffusionTrainer(Trainer):
         self.prompt_cache = PromptCache.build(self.flow, prompts, in_memory_only=not args.cache_prompt_embeds)
         self.flow.free_text_encoders()
 
+    def create_accelerator_and_postprocess(self) -> None:
+        args = self.args
+        if parse_flag_from_env("ACCELERATE_USE_FSDP") and trains_on_several_cpu_processes():
+            shard_on_cpu(FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {})), args.mixed_precision)
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            keep_float32_inputs(self.accelerator.state.fsdp_plugin)
+
     def _set_signature_columns_if_needed(self) -> None:
         # The columns of the dataset are for the rewards; the model's forward knows none of them.
         if self._signature_columns is None:
@@ -358,30 +371,46 @@ class DiffusionTrainer(Trainer):
         """
         if not 0 <= adapter_fraction <= 1:
             raise ValueError(f"adapter_fraction must lie in [0, 1], got {adapter_fraction}.")
-        model = self.model_wrapped
-        if adapter_fraction < 1 and not isinstance(self.accelerator.unwrap_model(model), PeftModel):
+        network = self.accelerator.unwrap_model(self.model_wrapped)
+        if adapter_fraction < 1 and not isinstance(network, PeftModel):
             raise ValueError(
                 f"adapter_fraction={adapter_fraction} needs an adapter to switch off, but all weights are trained."
             )
         batch_size = batch_size or self.rollout_batch_size
         steps_with_adapter = round(adapter_fraction * self.args.num_inference_steps)
+        clean = []
+        with self.rollout_model() as model:
+            for start in range(0, len(prompts), batch_size):
+                part = slice(start, start + batch_size)
+                conditioning = self.prompt_cache.get(prompts[part], self.args.device)
+                generators = [torch.Generator(self.args.device).manual_seed(int(seed)) for seed in seeds[part]]
+
+                def velocity(latents, sigma, step, conditioning=conditioning):
+                    with contextlib.nullcontext() if step < steps_with_adapter else self.adapter_off():
+                        return self.velocity(model, latents, sigma, conditioning)
+
+                noise = self.draw_initial_noise(generators)
+                clean.append(rollout(velocity, noise, self.sigmas, self.euler).clean)
+        return torch.cat([self.decode(latents).cpu() for latents in clean])
+
+    @contextlib.contextmanager
+    def rollout_model(self) -> Iterator[nn.Module]:
+        """The network to sample with, in eval mode (no dropout); the former mode returns afterwards."""
+        model = self.model_wrapped
         was_training = model.training
         model.eval()
-        images = []
-        for start in range(0, len(prompts), batch_size):
-            conditioning = self.prompt_cache.get(prompts[start : start + batch_size], self.args.device)
-            generators = [
-                torch.Generator(self.args.device).manual_seed(int(seed)) for seed in seeds[start : start + batch_size]
-            ]
-
-            def velocity(latents, sigma, step, conditioning=conditioning):
-                with contextlib.nullcontext() if step < steps_with_adapter else self.adapter_off():
-                    return self.velocity(model, latents, sigma, conditioning)
-
-            trajectory = rollout(velocity, self.draw_initial_noise(generators), self.sigmas, self.euler)
-            images.append(self.decode(trajectory.clean).cpu())
-        model.train(was_training)
-        return torch.cat(images)
+        context = contextlib.nullcontext(model)
+        if model is self.model and not isinstance(model, FSDPModule):
+            # Until the training starts, the Trainer leaves the network of a sharded run on the CPU.
+            model.to(self.args.device)
+        elif self.deepspeed is not None and self.deepspeed.zero_optimization_partition_weights():
+            if self.args.ds3_gather_for_rollout:
+                context = gathered(self.deepspeed)
+        try:
+            with context as whole:
+                yield whole
+        finally:
+            model.train(was_training)
 
     @contextlib.contextmanager
     def adapter_off(self) -> Iterator[None]:
@@ -435,9 +464,9 @@ class DiffusionTrainer(Trainer):
             total = torch.zeros((), device=self.args.device)
             for index, term in enumerate(terms):
                 # Gradients are exchanged once, with the last term; DDP decides on that in the forward already.
-                is_last = index == len(terms) - 1
-                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
-                    state._set_sync_gradients(synchronize and is_last)
+                exchange = synchronize and index == len(terms) - 1
+                with contextlib.nullcontext() if exchange else self.accelerator.no_sync(model):
+                    state._set_sync_gradients(exchange)
                     loss = term()
                     self._check_finite(loss, inputs, index, len(terms))
                     self.accelerator.backward(loss / self.current_gradient_accumulation_steps, **kwargs)
@@ -638,7 +667,7 @@ class DiffusionTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         network = self.accelerator.unwrap_model(self.model if model is None else model)
-        if isinstance(network, PeftModel):
+        if isinstance(network, PeftModel) or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_torch_model(

@@ -160,7 +160,7 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         self.chunk_sizes = None if args.chunk_sizes == "temporal" else args.chunk_sizes
         self.reference = None
         if args.beta > 0 and not isinstance(self.model, PeftModel):
-            self.reference = copy.deepcopy(self.model).requires_grad_(False).eval().to(device)
+            self.reference = copy.deepcopy(self.model).requires_grad_(False).eval().to(device, self.flow.dtype)
         self._generation: list[MicroBatch] | None = None
 
     def _make_sampler(self, args: ChunkGRPOConfig, train_dataset: Dataset) -> GroupSampler:
@@ -205,7 +205,6 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         args = self.args
         prompts = [row["prompt"] for row in rows]
         columns = self._columns(rows)
-        self.model_wrapped.eval()
         with self.timed("rollout"):
             trajectory, drawn = self._rollout(prompts, generation)
         with self.timed("decode"):
@@ -231,9 +230,9 @@ class ChunkGRPOTrainer(DiffusionTrainer):
             for start in range(0, len(prompts), size)
         ]
         if not args.on_policy:
-            with self.timed("old_log_probs"), torch.no_grad():
+            with self.timed("old_log_probs"), self.rollout_model() as model:
                 for micro_batch in micro_batches:
-                    micro_batch.old_log_probs = self._old_log_probs(micro_batch)
+                    micro_batch.old_log_probs = self._old_log_probs(model, micro_batch)
         return micro_batches
 
     def _rollout(self, prompts: list[str], generation: int) -> tuple[Trajectory, list[list[int]]]:
@@ -251,18 +250,19 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         keep = range(args.num_inference_steps - 1) if drawn is None else sum(drawn, [])
 
         trajectories = []
-        for start in range(0, len(prompts), self.rollout_batch_size):
-            part = slice(start, start + self.rollout_batch_size)
-            conditioning = self.prompt_cache.get(prompts[part], args.device)
-            noise, generators = initial[part], sampling[part]
+        with self.rollout_model() as model:
+            for start in range(0, len(prompts), self.rollout_batch_size):
+                part = slice(start, start + self.rollout_batch_size)
+                conditioning = self.prompt_cache.get(prompts[part], args.device)
+                noise, generators = initial[part], sampling[part]
 
-            def velocity(latents, sigma, step, conditioning=conditioning):
-                return self.velocity(self.model_wrapped, latents, sigma, conditioning)
+                def velocity(latents, sigma, step, conditioning=conditioning):
+                    return self.velocity(model, latents, sigma, conditioning)
 
-            def draw_noise(generators=generators, noise=noise):
-                return self.randn(generators, noise)
+                def draw_noise(generators=generators, noise=noise):
+                    return self.randn(generators, noise)
 
-            trajectories.append(rollout(velocity, noise, self.sigmas, self.transitions, draw_noise, keep))
+                trajectories.append(rollout(velocity, noise, self.sigmas, self.transitions, draw_noise, keep))
         trajectory = Trajectory.cat(trajectories)
 
         changes = trajectory.relative_changes.mean(0)[:-1]
@@ -355,13 +355,13 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         parts = [self._transition(model, micro_batch, steps)[0] for steps in self._forward_groups(chunk)]
         return torch.cat(parts, 1)
 
-    def _old_log_probs(self, micro_batch: MicroBatch) -> torch.Tensor:
+    def _old_log_probs(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
         """Log-probabilities `(m, T)` of the sampling policy at the trained transitions."""
         if self.args.old_log_probs == "rollout":
             return micro_batch.rollout_log_probs
         old = micro_batch.rollout_log_probs.clone()
         for chunk in micro_batch.chunks:
-            old[:, chunk] = self._log_probs(self.model_wrapped, micro_batch, chunk)
+            old[:, chunk] = self._log_probs(model, micro_batch, chunk)
         return old
 
     def loss_terms(self, model: nn.Module, micro_batch: MicroBatch) -> Sequence[LossTerm]:

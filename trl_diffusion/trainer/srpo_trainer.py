@@ -266,11 +266,9 @@ class SRPOTrainer(DiffusionTrainer):
     def _online_batch(self, prompts: list[str], numbers: list[int], sigmas: torch.Tensor) -> CleanBatch:
         """Images of the current policy, with the noise they were made from."""
         args = self.args
-        model = self.model_wrapped
-        model.eval()  # no dropout in the rollout
         initial = self.draw_initial_noise(self.generators(_INITIAL_NOISE, numbers))
         steps = self._start_steps()
-        with self.timed("rollout"):
+        with self.timed("rollout"), self.rollout_model() as model:
             trajectories = []
             for start in range(0, len(prompts), self.rollout_batch_size):
                 part = slice(start, start + self.rollout_batch_size)
@@ -281,7 +279,6 @@ class SRPOTrainer(DiffusionTrainer):
 
                 trajectories.append(rollout(velocity, initial[part], self.sigmas, self.euler, keep=steps))
             trajectory = Trajectory.cat(trajectories)
-        model.train()
         clean = trajectory.clean
         self._images_since_log += len(prompts)
         self._score_rollout(clean, prompts)
