@@ -31,10 +31,12 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
+from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import load_torch_model, save_torch_state_dict
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -44,7 +46,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, set_seed
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from ..data.prompt_cache import PromptCache
 from ..data.prompts import check_prompts
@@ -59,7 +61,7 @@ from .checkpoints import STAGING_NAME, publish
 from .sharding import gathered, keep_float32_inputs, shard_on_cpu, trains_on_several_cpu_processes
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 STATE_NAME = "trl_diffusion_state.json"
 TRANSFORMER_SUBFOLDER = "transformer"
@@ -108,6 +110,10 @@ class DiffusionTrainer(Trainer):
     ):
         if args is None:
             args = self.config_class(output_dir=f"trainer_output/{self._name.lower().replace(' ', '-')}")
+        if args.process_index > 0:
+            # What all processes do is shown once.
+            transformers_logging.disable_progress_bar()
+            diffusers_logging.disable_progress_bar()
         # Everything that can be refused is refused before weights are loaded.
         check_prompts(train_dataset, "train_dataset")
         if eval_dataset is not None:
@@ -269,7 +275,8 @@ class DiffusionTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         args = self.args
-        if parse_flag_from_env("ACCELERATE_USE_FSDP") and trains_on_several_cpu_processes():
+        wants_fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP") or args.fsdp_plugin_args is not None
+        if wants_fsdp and trains_on_several_cpu_processes():
             shard_on_cpu(FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {})), args.mixed_precision)
         super().create_accelerator_and_postprocess()
         if self.is_fsdp_enabled:

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig, PeftModel
@@ -30,7 +31,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback
-from transformers.utils import logging
 
 from ..data.sampler import GroupSampler
 from ..flow import (
@@ -56,7 +56,7 @@ from .base_trainer import DiffusionTrainer, LossTerm
 from .chunk_grpo_config import ChunkGRPOConfig
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 # Streams of random numbers, each with its own seeds.
 _INITIAL_NOISE, _SAMPLING_NOISE, _CHUNKS = range(3)
@@ -160,7 +160,9 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         self.chunk_sizes = None if args.chunk_sizes == "temporal" else args.chunk_sizes
         self.reference = None
         if args.beta > 0 and not isinstance(self.model, PeftModel):
-            self.reference = copy.deepcopy(self.model).requires_grad_(False).eval().to(device, self.flow.dtype)
+            self.reference = copy.deepcopy(self.model).requires_grad_(False).eval().to(device)
+            if self.reference.dtype != self.flow.dtype:
+                self.reference.to(self.flow.dtype)
         self._generation: list[MicroBatch] | None = None
 
     def _make_sampler(self, args: ChunkGRPOConfig, train_dataset: Dataset) -> GroupSampler:
@@ -488,8 +490,8 @@ class ChunkGRPOTrainer(DiffusionTrainer):
     def _load_process_state(self, folder: str) -> None:
         if self._micro_step % self._micro_steps_per_generation == 0:
             return
-        with safe_open(self._generation_file(folder), framework="pt", device=str(self.args.device)) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with safe_open(self._generation_file(folder), framework="pt") as file:
+            tensors = {name: file.get_tensor(name).to(self.args.device) for name in file.keys()}  # noqa: SIM118
             rest = json.loads(file.metadata()["micro_batches"])
         self._generation = [
             MicroBatch(

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin, TorchDynamoPlugin
 from torch import nn
 
 
@@ -65,8 +65,9 @@ def shard_on_cpu(plugin: FullyShardedDataParallelPlugin, mixed_precision: str) -
         plugin ([`~accelerate.FullyShardedDataParallelPlugin`]): how to shard.
         mixed_precision (`str`): "no", "fp16" or "bf16".
     """
-    state = AcceleratorState(mixed_precision, cpu=True, _from_accelerator=True)
-    state.distributed_type = DistributedType.FSDP
+    state = AcceleratorState(mixed_precision, cpu=True, dynamo_plugin=TorchDynamoPlugin(), _from_accelerator=True)
+    # Every later AcceleratorState() takes this over from PartialState.
+    state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
     state.fsdp_plugin = plugin
     if mixed_precision != "no":
         plugin.set_mixed_precision(mixed_precision)

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import nn
 from transformers import TrainerCallback
-from transformers.utils import logging
 
 from ..data.images import ImageBuckets
 from ..data.sampler import BucketSampler
@@ -36,7 +36,7 @@ from .callbacks import RewardHackingCallback
 from .srpo_config import SRPOConfig
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 # Streams of random numbers, each with its own seeds.
 _INITIAL_NOISE, _FRESH_NOISE, _LANDINGS, _STEPS = range(3, 7)
