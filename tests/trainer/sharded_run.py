@@ -24,6 +24,7 @@ other: "srpo" trains a LoRA, "srpo_full" all weights, "srpo+resumed" goes on fro
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -120,6 +121,8 @@ def main(folder: Path, size: int, names: list[str]) -> None:
         if variant == "resumed":
             run(base, folder / name, size, folder / base / "checkpoint-1", ds3_gather_for_rollout=False)
         elif variant == "offload":
+            # accelerate takes its launcher's configuration or a DeepSpeed file, not both.
+            del os.environ["ACCELERATE_CONFIG_DS_FIELDS"]
             run(base, folder / name, size, deepspeed=OFFLOAD)
         else:
             run(base, folder / name, size, save_strategy="steps", save_steps=1)
