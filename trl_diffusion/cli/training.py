@@ -156,10 +156,11 @@ def make_parser(trainer_class: type[DiffusionTrainer], command: str, method: str
     return TrlParser(
         (ScriptArguments, trainer_class.config_class),
         prog=f"trl-diffusion {command}",
-        usage=f"trl-diffusion {command} [--config FILE.yaml] --model_name_or_path MODEL --dataset_name PROMPTS "
+        usage=f"trl-diffusion {command} [--config FILE.yaml] [--accelerate_config NAME_OR_FILE] --model_name_or_path MODEL --dataset_name PROMPTS "
         "--reward_funcs REWARD [REWARD ...] [--output_dir FOLDER] [options]",
         description=f"Train a flow-matching text-to-image model with {method}. Every option can also stand in the "
-        "YAML file; the command line wins.",
+        "YAML file; the command line wins. --accelerate_config multi_gpu, zero1, zero2, zero3, fsdp2 or a file of "
+        "`accelerate config` trains on several processes, with options of `accelerate launch` as --num_processes 4.",
         allow_abbrev=False,
     )
 
