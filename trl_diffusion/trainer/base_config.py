@@ -17,6 +17,7 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -56,6 +57,13 @@ class DiffusionConfig(TrainingArguments):
             Recompute the denoiser's activations in the backward pass, for less memory and about 30 % more time of
             the update. Its old name `gradient_checkpointing` works as well.
 
+        quantization (`str`, *optional*):
+            Quantise the frozen weights of a network that a LoRA is trained on: `"nf4"` to 4 bits (bitsandbytes, needs an
+            accelerator), `"int8"` to 8 bits (torchao, weights only). Needs the extra `quantization`. A loaded pipeline
+            is quantised by diffusers' `quantization_config` instead.
+        offload_frozen (`bool`, *optional*, defaults to `False`):
+            Keep the VAE and the rewards on the CPU, and move them to the accelerator for the phases that use them. Saves
+            their memory during the forwards and backwards of the network, at the price of the transfers.
         ds3_gather_for_rollout (`bool`, *optional*, defaults to `True`):
             With DeepSpeed ZeRO-3, gather the network's weights once for a rollout, which is then faster. `False` gathers
             them layer by layer in each forward, for networks that do not fit onto one accelerator.
@@ -161,6 +169,21 @@ class DiffusionConfig(TrainingArguments):
     )
 
     # Memory
+    quantization: str | None = field(
+        default=None,
+        metadata={
+            "help": "Quantise the frozen weights of a network that a LoRA is trained on: 'nf4' (bitsandbytes, needs an "
+            "accelerator) or 'int8' (torchao, weights only).",
+            "choices": ["nf4", "int8"],
+        },
+    )
+    offload_frozen: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the VAE and the rewards on the CPU, and move them to the accelerator for the phases that use "
+            "them."
+        },
+    )
     ds3_gather_for_rollout: bool = field(
         default=True,
         metadata={
@@ -235,6 +258,14 @@ class DiffusionConfig(TrainingArguments):
                 "write no samples."
             )
         self._check_choice("shared_noise", ("group", "none"))
+        if self.quantization is not None:
+            self._check_choice("quantization", ("nf4", "int8"))
+            sharded = self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage == 3
+            if sharded or self.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+                raise ValueError(
+                    f"quantization={self.quantization!r} cannot be used with ZeRO-3 or FSDP, which shard the weights. Use "
+                    "multi_gpu, ZeRO-1 or ZeRO-2, or no quantization."
+                )
         if self.auto_find_batch_size:
             raise ValueError(
                 "auto_find_batch_size=True is not supported: a smaller batch would break up the groups of a prompt. "

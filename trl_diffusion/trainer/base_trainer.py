@@ -54,6 +54,7 @@ from ..data.sampler import GroupSampler
 from ..flow import rollout, shifted_schedule, transition_coefficients
 from ..hub import build_model_card, check_lora_config, hub_id, save_adapter
 from ..models import load_flow_model, whole_weights
+from ..models.quantization import check_quantization, quantization_config
 from ..rewards import Reward, check_reward, load_rewards, score_images
 from .base_config import DiffusionConfig
 from .callbacks import EpochCallback, SampleImagesCallback, Samples
@@ -137,12 +138,24 @@ class DiffusionTrainer(Trainer):
                 f"peft_config must be a peft.LoraConfig, None (LoRA on the attention layers) or False (full "
                 f"fine-tuning), got {peft_config!r}."
             )
+        full_fine_tuning = peft_config is False
+        if args.quantization is not None:
+            if full_fine_tuning:
+                raise ValueError(
+                    f"quantization={args.quantization!r} with peft_config=False: quantised weights cannot be trained. Train "
+                    "a LoRA, or leave quantization unset."
+                )
+            if isinstance(model, DiffusionPipeline):
+                raise ValueError(
+                    f"quantization={args.quantization!r} is for a model that is still to be loaded. Pass its id or path, or "
+                    "load the pipeline with diffusers' quantization_config and leave quantization unset."
+                )
+            check_quantization(args.quantization, args.device)
         self._check_before_loading(args, train_dataset, reward_specs)
         self._sampler = self._make_sampler(args, train_dataset)
         if args.should_save:
             _check_writable(args.output_dir)
 
-        full_fine_tuning = peft_config is False
         self.model_name = model if isinstance(model, str) else model.config.get("_name_or_path")
         if isinstance(model, DiffusionPipeline):
             self.flow = load_flow_model(model)
@@ -152,6 +165,11 @@ class DiffusionTrainer(Trainer):
                 model,
                 torch_dtype=torch.bfloat16 if args.bf16 and not full_fine_tuning else torch.float32,
                 size=(args.height, args.width),
+                **(
+                    {}
+                    if args.quantization is None
+                    else {"quantization_config": quantization_config(args.quantization)}
+                ),
             )
         if args.deepspeed_plugin is not None and args.bf16:
             # DeepSpeed converts the weights; without it they stay and autocast does.
@@ -167,12 +185,16 @@ class DiffusionTrainer(Trainer):
         self.reward_weights = torch.tensor(weights, dtype=torch.float32)
 
         self._encode_prompts(args, train_dataset, eval_dataset)
-        self.flow.vae.to(args.device)
-        for reward in [*self.rewards.values(), *self.watched_rewards.values()]:
-            if isinstance(reward, nn.Module):
-                reward.to(args.device)
+        if not args.offload_frozen:
+            for module in self.frozen_modules:
+                module.to(args.device)
 
         denoiser = self.flow.denoiser
+        if full_fine_tuning and denoiser.config.get("quantization_config") is not None:
+            raise ValueError(
+                "peft_config=False, but the pipeline's transformer is quantised, and quantised weights cannot be trained. "
+                "Train a LoRA, or load the pipeline without quantization_config."
+            )
         denoiser._internal_dict = _SerializableConfig(denoiser.config)
         if args.activation_checkpointing:
             # A diffusers model has another method than the one Trainer would call. Older releases of transformers
@@ -345,7 +367,28 @@ class DiffusionTrainer(Trainer):
     def decode(self, latents: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
         """Images `(B, 3, H, W)` in [0, 1], float32, without gradient, decoded `rollout_batch_size` at a time."""
         height, width = (self.height, self.width) if size is None else size
-        return torch.cat([self.flow.decode(part, height, width) for part in latents.split(self.rollout_batch_size)])
+        with self.on_accelerator(self.flow.vae):
+            return torch.cat(
+                [self.flow.decode(part, height, width) for part in latents.split(self.rollout_batch_size)]
+            )
+
+    @property
+    def frozen_modules(self) -> list[nn.Module]:
+        """The VAE and those rewards that are models, each once."""
+        rewards = [*self.rewards.values(), *self.watched_rewards.values()]
+        return [self.flow.vae, *dict.fromkeys(reward for reward in rewards if isinstance(reward, nn.Module))]
+
+    @contextlib.contextmanager
+    def on_accelerator(self, *modules: Any) -> Iterator[None]:
+        """Within this context these frozen modules can be used; with `offload_frozen` they are on the CPU outside of it."""
+        modules = [module for module in modules if isinstance(module, nn.Module)] if self.args.offload_frozen else []
+        for module in modules:
+            module.to(self.args.device)
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.to("cpu")
 
     @property
     def rollout_batch_size(self) -> int:
@@ -433,13 +476,11 @@ class DiffusionTrainer(Trainer):
         scores = []
         for reward in rewards.values():
             parts = []
-            for start in range(0, len(prompts), size):
-                rows = slice(start, start + size)
-                parts.append(
-                    score_images(
-                        reward, images[rows], prompts[rows], {name: values[rows] for name, values in columns.items()}
-                    )
-                )
+            with self.on_accelerator(reward):
+                for start in range(0, len(prompts), size):
+                    rows = slice(start, start + size)
+                    some_columns = {name: values[rows] for name, values in columns.items()}
+                    parts.append(score_images(reward, images[rows], prompts[rows], some_columns))
             scores.append(torch.cat(parts))
         return torch.stack(scores, 1) if scores else images.new_zeros((len(prompts), 0))
 
@@ -464,7 +505,7 @@ class DiffusionTrainer(Trainer):
         model.train()
         inputs = self._prepare_inputs(inputs)
         kwargs = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
-        with self.timed("update"):
+        with self.timed("update"), self.on_accelerator(*self._modules_of_update()):
             terms = self.loss_terms(model, inputs)
             state = self.accelerator.gradient_state
             synchronize = state.sync_gradients
@@ -480,6 +521,10 @@ class DiffusionTrainer(Trainer):
                 total += loss.detach()
             state._set_sync_gradients(synchronize)
         return total / self.current_gradient_accumulation_steps
+
+    def _modules_of_update(self) -> list[nn.Module]:
+        """The frozen modules that the loss terms run through."""
+        return []
 
     def _check_finite(self, loss: torch.Tensor, inputs: Any, index: int, count: int) -> None:
         if not torch.isfinite(loss):

@@ -217,10 +217,11 @@ class SRPOTrainer(DiffusionTrainer):
         patches = torch.nn.functional.interpolate(patches, size=(64, 64), mode="bilinear").to(self.args.device)
         for name, reward in self.rewards.items():
             images = patches.clone().requires_grad_()
-            score = reward.score(images, [prompt] * len(images))
             gradient = None
-            if score.requires_grad:
-                (gradient,) = torch.autograd.grad(score.sum(), images, allow_unused=True)
+            with self.on_accelerator(reward):
+                score = reward.score(images, [prompt] * len(images))
+                if score.requires_grad:
+                    (gradient,) = torch.autograd.grad(score.sum(), images, allow_unused=True)
             if gradient is None or not gradient.isfinite().all() or not gradient.any():
                 raise ValueError(
                     f"The reward {name!r} is not differentiable: its score has no (finite, non-zero) gradient with "
@@ -256,7 +257,7 @@ class SRPOTrainer(DiffusionTrainer):
     ) -> CleanBatch:
         """Images of the dataset, encoded, with fresh noise."""
         size = self.images.size(rows[0], (self.height, self.width), self.flow.latent_downsample)
-        with self.timed("encode"):
+        with self.timed("encode"), self.on_accelerator(self.flow.vae):
             images = self.images.load(rows, size).to(self.args.device)
             clean = self.flow.encode_image(images)
         noise = self.randn(self.generators(_FRESH_NOISE, numbers), clean)
@@ -317,6 +318,9 @@ class SRPOTrainer(DiffusionTrainer):
         self._keep_samples(images, prompts, dict(zip(self.rewards, scores.unbind(1), strict=True)))
 
     # ---- Objective ----
+
+    def _modules_of_update(self) -> list[nn.Module]:
+        return [self.flow.vae, *self.rewards.values()]
 
     def loss_terms(self, model: nn.Module, batch: CleanBatch) -> Sequence[LossTerm]:
         """One term for each pass: a landing of a branch, a ReFL step, or a DRaFT pass. Memory holds one of them."""
@@ -438,10 +442,12 @@ class SRPOTrainer(DiffusionTrainer):
             for sign, words in ((1, args.positive_words), (-1, args.negative_words)):
                 count = len(words[name] if isinstance(words, dict) else words)
                 prompt_sets = [args.control_prompts(words, name, i, prompts) for i in range(count)]
-                for start in range(0, len(prompts), self.rollout_batch_size):
-                    part = slice(start, start + self.rollout_batch_size)
-                    parts = scores_of_prompt_sets(reward, images[part], [prompts_[part] for prompts_ in prompt_sets])
-                    objective[part] += sign * weight * torch.stack(parts).mean(0)
+                with self.on_accelerator(reward):
+                    for start in range(0, len(prompts), self.rollout_batch_size):
+                        part = slice(start, start + self.rollout_batch_size)
+                        sets = [prompts_[part] for prompts_ in prompt_sets]
+                        parts = scores_of_prompt_sets(reward, images[part], sets)
+                        objective[part] += sign * weight * torch.stack(parts).mean(0)
         scores = {"objective": objective, **scores}
         compared = [name for name in scores if name == "objective" or name.startswith("watch/")]
         gathered = self.accelerator.gather(torch.stack([scores[name] for name in compared], 1))
