@@ -120,6 +120,8 @@ def main(folder: Path, size: int, names: list[str]) -> None:
         base, _, variant = name.partition("+")
         if variant == "resumed":
             run(base, folder / name, size, folder / base / "checkpoint-1", ds3_gather_for_rollout=False)
+        elif variant == "bf16":
+            run(base, folder / name, size, bf16=True)
         elif variant == "offload":
             # accelerate takes its launcher's configuration or a DeepSpeed file, not both.
             del os.environ["ACCELERATE_CONFIG_DS_FIELDS"]

@@ -171,9 +171,6 @@ class DiffusionTrainer(Trainer):
                     else {"quantization_config": quantization_config(args.quantization)}
                 ),
             )
-        if args.deepspeed_plugin is not None and args.bf16:
-            # DeepSpeed converts the weights; without it they stay and autocast does.
-            self.flow.dtype = torch.bfloat16
         self.height = self.flow.default_size[0] if args.height is None else args.height
         self.width = self.flow.default_size[1] if args.width is None else args.width
         self.flow.check_size(self.height, self.width)
@@ -333,6 +330,14 @@ class DiffusionTrainer(Trainer):
         """
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         height, width = (self.height, self.width) if size is None else size
+        # Once the training has begun, DeepSpeed has converted the weights and FSDP2 converts them; elsewhere autocast does.
+        if self.deepspeed is not None:
+            self.flow.dtype = next(self.deepspeed.module.parameters()).dtype
+        elif (
+            isinstance(self.model, FSDPModule)
+            and self.accelerator.state.fsdp_plugin.mixed_precision_policy is not None
+        ):
+            self.flow.dtype = self.accelerator.state.fsdp_plugin.mixed_precision_policy.param_dtype
         with self.compute_loss_context_manager():
             return self.flow.velocity(model, latents, sigma, conditioning, guidance_scale, height, width)
 

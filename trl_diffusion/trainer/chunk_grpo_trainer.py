@@ -161,8 +161,6 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         self.reference = None
         if args.beta > 0 and not isinstance(self.model, PeftModel):
             self.reference = copy.deepcopy(self.model).requires_grad_(False).eval().to(device)
-            if self.reference.dtype != self.flow.dtype:
-                self.reference.to(self.flow.dtype)
         self._generation: list[MicroBatch] | None = None
 
     def _make_sampler(self, args: ChunkGRPOConfig, train_dataset: Dataset) -> GroupSampler:
@@ -428,6 +426,8 @@ class ChunkGRPOTrainer(DiffusionTrainer):
                 with self.adapter_off():
                     reference_mean = self._transition(self.model_wrapped, micro_batch, steps)[1]
             else:
+                if self.reference.dtype != self.flow.dtype:
+                    self.reference.to(self.flow.dtype)  # see `velocity`
                 reference_mean = self._transition(self.reference, micro_batch, steps)[1]
         kl = transition_kl(mean, reference_mean, std).mean()
         self._metrics["train"]["kl"].append(kl.item())
