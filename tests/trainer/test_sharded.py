@@ -37,9 +37,9 @@ CONFIGS = Path(trl_diffusion.__file__).parent / "accelerate_configs"
 RUNS = ["chunk_grpo", "srpo", "chunk_grpo_full", "srpo_full"]
 # ZeRO-2 has the whole network everywhere, as DDP has: one trainer each way suffices.
 OF_CONFIG = {
-    "zero2": ["chunk_grpo", "srpo_full"],
+    "zero2": ["chunk_grpo", "srpo_full", "chunk_grpo_full+bf16"],
     "zero3": [*RUNS, "chunk_grpo+resumed", "chunk_grpo+offload"],
-    "fsdp2": [*RUNS, "chunk_grpo+resumed", "srpo_full+resumed"],
+    "fsdp2": [*RUNS, "chunk_grpo+resumed", "srpo_full+resumed", "chunk_grpo_full+bf16"],
 }
 GLOBAL_BATCH = 4
 
@@ -110,6 +110,11 @@ def test_two_processes_equal_one(tmp_path, one_process, config):
         base, _, variant = run.partition("+")
         if variant == "resumed":  # to the same bits
             assert largest_difference(weights(tmp_path, base), weights(tmp_path, run)) == 0
+        elif variant == "bf16":  # near, and not the same
+            found, truth = (
+                result(folder, name)["log"][0]["grad_norm"] for folder, name in ((tmp_path, run), (one, base))
+            )
+            assert found != truth and found == pytest.approx(truth, rel=0.03)
         elif variant == "offload":
             assert largest_difference(weights(tmp_path, base), weights(tmp_path, run)) < 1e-6
     # What all processes do is shown once: two steps a run, or one where it was resumed from the first.
