@@ -18,6 +18,7 @@
 ```bash
 trl-diffusion chunk_grpo --model_name_or_path shapes --dataset_name shapes --reward_funcs shapes-judge \
     --output_dir shapes-chunk-grpo --num_inference_steps 10 --chunk_sizes 1 2 2 4 --max_steps 50
+trl-diffusion chunk_grpo --accelerate_config zero2 --num_processes 8 --config run.yaml
 accelerate launch -m trl_diffusion.cli chunk_grpo --config run.yaml
 ```
 """
@@ -27,7 +28,7 @@ from collections.abc import Sequence
 from trl import TrlParser
 
 from ..trainer import ChunkGRPOTrainer
-from . import training
+from . import launch, training
 
 
 def make_parser() -> TrlParser:
@@ -35,4 +36,6 @@ def make_parser() -> TrlParser:
 
 
 def main(arguments: Sequence[str]) -> int:
+    if launch.launch("chunk_grpo", make_parser(), arguments):
+        return 0
     return training.run(ChunkGRPOTrainer, make_parser(), arguments)

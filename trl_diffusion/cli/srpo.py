@@ -19,6 +19,7 @@
 trl-diffusion srpo --model_name_or_path shapes --dataset_name shapes --reward_funcs shapes-clip \
     --output_dir shapes-srpo --num_inference_steps 10 --sigma_range 0.6 0.95 --delta_sigma 0.05 \
     --positive_words sharp --negative_words blurred pale --learning_rate 2e-4 --max_steps 40
+trl-diffusion srpo --accelerate_config zero2 --num_processes 8 --config run.yaml
 accelerate launch -m trl_diffusion.cli srpo --config run.yaml
 ```
 """
@@ -28,7 +29,7 @@ from collections.abc import Sequence
 from trl import TrlParser
 
 from ..trainer import SRPOTrainer
-from . import training
+from . import launch, training
 
 
 def make_parser() -> TrlParser:
@@ -36,4 +37,6 @@ def make_parser() -> TrlParser:
 
 
 def main(arguments: Sequence[str]) -> int:
+    if launch.launch("srpo", make_parser(), arguments):
+        return 0
     return training.run(SRPOTrainer, make_parser(), arguments)

@@ -146,10 +146,11 @@ def make_parser(trainer_class: type[DiffusionTrainer], command: str, method: str
         (ScriptArguments, trainer_class.config_class),
         presets=trainer_class.config_class.PRESETS,
         prog=f"trl-diffusion {command}",
-        usage=f"trl-diffusion {command} [--config FILE.yaml] --model_name_or_path MODEL --dataset_name PROMPTS "
+        usage=f"trl-diffusion {command} [--config FILE.yaml] [--accelerate_config NAME_OR_FILE] --model_name_or_path MODEL --dataset_name PROMPTS "
         "--reward_funcs REWARD [REWARD ...] [--output_dir FOLDER] [options]",
         description=f"Train a flow-matching text-to-image model with {method}. Every option can also stand in the "
-        "YAML file; the command line wins.",
+        "YAML file; the command line wins. --accelerate_config multi_gpu, zero1, zero2, zero3, fsdp2 or a file of "
+        "`accelerate config` trains on several processes, with options of `accelerate launch` as --num_processes 4.",
         epilog="Presets: " + ", ".join(sorted(trainer_class.config_class.PRESETS)) + ".",
     )
 

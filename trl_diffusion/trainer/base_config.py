@@ -19,10 +19,12 @@ import os
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available, strtobool
 
 from .config_checks import check_types
+from .sharding import set_bucket_sizes
 
 
 @dataclass
@@ -59,6 +61,17 @@ class DiffusionConfig(TrainingArguments):
             the update.
         gradient_checkpointing (`bool`, *optional*):
             Old name of `activation_checkpointing`, which works as well.
+
+        quantization (`str`, *optional*):
+            Quantise the frozen weights of a network that a LoRA is trained on: `"nf4"` to 4 bits (bitsandbytes, needs an
+            accelerator), `"int8"` to 8 bits (torchao, weights only). Needs the extra `quantization`. A loaded pipeline
+            is quantised by diffusers' `quantization_config` instead.
+        offload_frozen (`bool`, *optional*, defaults to `False`):
+            Keep the VAE and the rewards on the CPU, and move them to the accelerator for the phases that use them. Saves
+            their memory during the forwards and backwards of the network, at the price of the transfers.
+        ds3_gather_for_rollout (`bool`, *optional*, defaults to `True`):
+            With DeepSpeed ZeRO-3, gather the network's weights once for a rollout, which is then faster. `False` gathers
+            them layer by layer in each forward, for networks that do not fit onto one accelerator.
 
         > Parameters that control rewards
 
@@ -195,6 +208,30 @@ class DiffusionConfig(TrainingArguments):
         },
     )
 
+    # Memory
+    quantization: str | None = field(
+        default=None,
+        metadata={
+            "help": "Quantise the frozen weights of a network that a LoRA is trained on: 'nf4' (bitsandbytes, needs an "
+            "accelerator) or 'int8' (torchao, weights only).",
+            "choices": ["nf4", "int8"],
+        },
+    )
+    offload_frozen: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the VAE and the rewards on the CPU, and move them to the accelerator for the phases that use "
+            "them."
+        },
+    )
+    ds3_gather_for_rollout: bool = field(
+        default=True,
+        metadata={
+            "help": "With DeepSpeed ZeRO-3, gather the network's weights once for a rollout, which is then faster. False "
+            "gathers them layer by layer in each forward, for networks that do not fit onto one accelerator."
+        },
+    )
+
     # Rewards
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each reward function. None weights all with 1."}
@@ -275,6 +312,8 @@ class DiffusionConfig(TrainingArguments):
         if isinstance(self.resume_from_checkpoint, str) and self.resume_from_checkpoint.lower() in ("true", "false"):
             # The command line knows strings only.
             self.resume_from_checkpoint = self.resume_from_checkpoint.lower() == "true"
+        if self.deepspeed_plugin is not None:
+            set_bucket_sizes(self.deepspeed_plugin)
         for name in (
             "height", "width", "num_inference_steps", "rollout_batch_size", "num_eval_images",
             "per_device_train_batch_size", "gradient_accumulation_steps",
@@ -311,6 +350,14 @@ class DiffusionConfig(TrainingArguments):
                 raise ValueError(f"{name} must be below 2**32, got {value}.")
         self._check_choice("shared_noise", ("group", "none"))
         self._check_reliability()
+        if self.quantization is not None:
+            self._check_choice("quantization", ("nf4", "int8"))
+            sharded = self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage == 3
+            if sharded or self.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+                raise ValueError(
+                    f"quantization={self.quantization!r} cannot be used with ZeRO-3 or FSDP, which shard the weights. Use "
+                    "multi_gpu, ZeRO-1 or ZeRO-2, or no quantization."
+                )
         if self.auto_find_batch_size:
             raise ValueError(
                 "auto_find_batch_size=True is not supported: a smaller batch would break up the groups of a prompt. "

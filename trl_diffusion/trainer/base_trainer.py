@@ -16,7 +16,6 @@
 
 import contextlib
 import copy
-import functools
 import json
 import os
 import tempfile
@@ -31,18 +30,21 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from accelerate.utils import DistributedType
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
+from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import load_torch_model, save_torch_state_dict
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import set_seed
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from ..data.prompt_cache import PromptCache
 from ..data.prompts import check_prompts
@@ -50,14 +52,16 @@ from ..data.sampler import GroupSampler
 from ..flow import shifted_schedule, transition_coefficients
 from ..hub import check_lora_config, hub_id, save_adapter
 from ..models import load_flow_model, sample_latents, whole_weights
+from ..models.quantization import check_quantization, quantization_config
 from ..rewards import Reward, check_reward, load_rewards, score_images
 from .base_config import DiffusionConfig
 from .callbacks import EpochCallback, SampleImagesCallback, Samples
 from .publishing import PublishingMixin
 from .reliable_trainer import ReliableTrainer
+from .sharding import gathered, keep_float32_inputs, shard_on_cpu, trains_on_several_cpu_processes
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 TRANSFORMER_SUBFOLDER = "transformer"
 WEIGHTS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
@@ -105,6 +109,10 @@ class DiffusionTrainer(PublishingMixin, ReliableTrainer):
     ):
         if args is None:
             args = self.config_class(output_dir=f"trainer_output/{self._name.lower().replace(' ', '-')}")
+        if args.process_index > 0:
+            # What all processes do is shown once.
+            transformers_logging.disable_progress_bar()
+            diffusers_logging.disable_progress_bar()
         # Everything that can be refused is refused before weights are loaded.
         check_prompts(train_dataset, "train_dataset")
         if eval_dataset is not None:
@@ -128,13 +136,25 @@ class DiffusionTrainer(PublishingMixin, ReliableTrainer):
                 f"peft_config must be a peft.LoraConfig, None (LoRA on the attention layers) or False (full "
                 f"fine-tuning), got {peft_config!r}."
             )
+        full_fine_tuning = peft_config is False
+        if args.quantization is not None:
+            if full_fine_tuning:
+                raise ValueError(
+                    f"quantization={args.quantization!r} with peft_config=False: quantised weights cannot be trained. Train "
+                    "a LoRA, or leave quantization unset."
+                )
+            if isinstance(model, DiffusionPipeline):
+                raise ValueError(
+                    f"quantization={args.quantization!r} is for a model that is still to be loaded. Pass its id or path, or "
+                    "load the pipeline with diffusers' quantization_config and leave quantization unset."
+                )
+            check_quantization(args.quantization, args.device)
         self._check_before_loading(args, train_dataset, reward_specs)
         self._sampler = self._make_sampler(args, train_dataset)
         if args.should_save:
             _check_writable(args.output_dir)
         self._check_hub(args)
 
-        full_fine_tuning = peft_config is False
         self.model_name = model if isinstance(model, str) else model.config.get("_name_or_path")
         if isinstance(model, DiffusionPipeline):
             self.flow = load_flow_model(model)
@@ -144,6 +164,11 @@ class DiffusionTrainer(PublishingMixin, ReliableTrainer):
                 model,
                 torch_dtype=torch.bfloat16 if args.bf16 and not full_fine_tuning else torch.float32,
                 size=(args.height, args.width),
+                **(
+                    {}
+                    if args.quantization is None
+                    else {"quantization_config": quantization_config(args.quantization)}
+                ),
             )
         self.height = self.flow.default_size[0] if args.height is None else args.height
         self.width = self.flow.default_size[1] if args.width is None else args.width
@@ -156,12 +181,16 @@ class DiffusionTrainer(PublishingMixin, ReliableTrainer):
         self.reward_weights = torch.tensor(weights, dtype=torch.float32)
 
         self._encode_prompts(args, train_dataset, eval_dataset)
-        self.flow.vae.to(args.device)
-        for reward in [*self.rewards.values(), *self.watched_rewards.values()]:
-            if isinstance(reward, nn.Module):
-                reward.to(args.device)
+        if not args.offload_frozen:
+            for module in self.frozen_modules:
+                module.to(args.device)
 
         denoiser = self.flow.denoiser
+        if full_fine_tuning and denoiser.config.get("quantization_config") is not None:
+            raise ValueError(
+                "peft_config=False, but the pipeline's transformer is quantised, and quantised weights cannot be trained. "
+                "Train a LoRA, or load the pipeline without quantization_config."
+            )
         denoiser._internal_dict = _SerializableConfig(denoiser.config)
         if args.activation_checkpointing:
             # A diffusers model has another method than the one Trainer would call. Older releases of transformers
@@ -249,6 +278,15 @@ class DiffusionTrainer(PublishingMixin, ReliableTrainer):
         self.prompt_cache = PromptCache.build(self.flow, prompts, in_memory_only=not args.cache_prompt_embeds)
         self.flow.free_text_encoders()
 
+    def create_accelerator_and_postprocess(self) -> None:
+        args = self.args
+        wants_fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP") or args.fsdp_plugin_args is not None
+        if wants_fsdp and trains_on_several_cpu_processes():
+            shard_on_cpu(FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {})), args.mixed_precision)
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            keep_float32_inputs(self.accelerator.state.fsdp_plugin)
+
     def _set_signature_columns_if_needed(self) -> None:
         # The columns of the dataset are for the rewards; the model's forward knows none of them.
         if self._signature_columns is None:
@@ -274,6 +312,14 @@ class DiffusionTrainer(PublishingMixin, ReliableTrainer):
         """
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         height, width = (self.height, self.width) if size is None else size
+        # Once the training has begun, DeepSpeed has converted the weights and FSDP2 converts them; elsewhere autocast does.
+        if self.deepspeed is not None:
+            self.flow.dtype = next(self.deepspeed.module.parameters()).dtype
+        elif (
+            isinstance(self.model, FSDPModule)
+            and self.accelerator.state.fsdp_plugin.mixed_precision_policy is not None
+        ):
+            self.flow.dtype = self.accelerator.state.fsdp_plugin.mixed_precision_policy.param_dtype
         with self.compute_loss_context_manager():
             return self.flow.velocity(model, latents, sigma, conditioning, guidance_scale, height, width)
 
@@ -308,7 +354,28 @@ class DiffusionTrainer(PublishingMixin, ReliableTrainer):
     def decode(self, latents: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
         """Images `(B, 3, H, W)` in [0, 1], float32, without gradient, decoded `rollout_batch_size` at a time."""
         height, width = (self.height, self.width) if size is None else size
-        return torch.cat([self.flow.decode(part, height, width) for part in latents.split(self.rollout_batch_size)])
+        with self.on_accelerator(self.flow.vae):
+            return torch.cat(
+                [self.flow.decode(part, height, width) for part in latents.split(self.rollout_batch_size)]
+            )
+
+    @property
+    def frozen_modules(self) -> list[nn.Module]:
+        """The VAE and those rewards that are models, each once."""
+        rewards = [*self.rewards.values(), *self.watched_rewards.values()]
+        return [self.flow.vae, *dict.fromkeys(reward for reward in rewards if isinstance(reward, nn.Module))]
+
+    @contextlib.contextmanager
+    def on_accelerator(self, *modules: Any) -> Iterator[None]:
+        """Within this context these frozen modules can be used; with `offload_frozen` they are on the CPU outside of it."""
+        modules = [module for module in modules if isinstance(module, nn.Module)] if self.args.offload_frozen else []
+        for module in modules:
+            module.to(self.args.device)
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.to("cpu")
 
     @property
     def rollout_batch_size(self) -> int:
@@ -340,14 +407,12 @@ class DiffusionTrainer(PublishingMixin, ReliableTrainer):
         Returns:
             `torch.Tensor` of shape `(B, 3, H, W)`, float32, in [0, 1], on the CPU.
         """
-        model = self.model_wrapped
-        if adapter_fraction < 1 and not isinstance(self.accelerator.unwrap_model(model), PeftModel):
+        network = self.accelerator.unwrap_model(self.model_wrapped)
+        if adapter_fraction < 1 and not isinstance(network, PeftModel):
             raise ValueError(
                 f"adapter_fraction={adapter_fraction} needs an adapter to switch off, but all weights are trained."
             )
-        was_training = model.training
-        model.eval()
-        with self.averaged_weights():
+        with self.averaged_weights(), self.rollout_model() as model:
             latents = sample_latents(
                 self.flow,
                 partial(self.velocity, model),
@@ -362,9 +427,27 @@ class DiffusionTrainer(PublishingMixin, ReliableTrainer):
                 self.adapter_off,
                 generator_device=self.args.device,
             )
-            images = torch.cat([self.decode(part).cpu() for part in latents])
-        model.train(was_training)
-        return images
+            clean = list(latents)
+        return torch.cat([self.decode(part).cpu() for part in clean])
+
+    @contextlib.contextmanager
+    def rollout_model(self) -> Iterator[nn.Module]:
+        """The network to sample with, in eval mode (no dropout); the former mode returns afterwards."""
+        model = self.model_wrapped
+        was_training = model.training
+        model.eval()
+        context = contextlib.nullcontext(model)
+        if model is self.model and not isinstance(model, FSDPModule):
+            # Until the training starts, the Trainer leaves the network of a sharded run on the CPU.
+            model.to(self.args.device)
+        elif self.deepspeed is not None and self.deepspeed.zero_optimization_partition_weights():
+            if self.args.ds3_gather_for_rollout:
+                context = gathered(self.deepspeed)
+        try:
+            with context as whole:
+                yield whole
+        finally:
+            model.train(was_training)
 
     @contextlib.contextmanager
     def adapter_off(self) -> Iterator[None]:
@@ -380,11 +463,12 @@ class DiffusionTrainer(PublishingMixin, ReliableTrainer):
         scores = []
         for name, reward in rewards.items():
             parts = []
-            for start in range(0, len(prompts), size):
-                rows = slice(start, start + size)
-                columns_of_rows = {column: values[rows] for column, values in columns.items()}
-                call = functools.partial(score_images, reward, images[rows], prompts[rows], columns_of_rows)
-                parts.append(self.call_reward(name, prompts[rows], call))
+            with self.on_accelerator(reward):
+                for start in range(0, len(prompts), size):
+                    rows = slice(start, start + size)
+                    columns_of_rows = {column: values[rows] for column, values in columns.items()}
+                    call = partial(score_images, reward, images[rows], prompts[rows], columns_of_rows)
+                    parts.append(self.call_reward(name, prompts[rows], call))
             scores.append(torch.cat(parts))
         return torch.stack(scores, 1) if scores else images.new_zeros((len(prompts), 0))
 
@@ -412,24 +496,28 @@ class DiffusionTrainer(PublishingMixin, ReliableTrainer):
         prompts = self._prompts_of(inputs)
         self._step_prompts += prompts
         kwargs = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
-        with self.timed("update"):
+        with self.timed("update"), self.on_accelerator(*self._modules_of_update()):
             terms = self.loss_terms(model, inputs)
             state = self.accelerator.gradient_state
             synchronize = state.sync_gradients
             total = torch.zeros((), device=self.args.device)
             for index, term in enumerate(terms):
                 # Gradients are exchanged once, with the last term; DDP decides on that in the forward already.
-                is_last = index == len(terms) - 1
-                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
-                    state._set_sync_gradients(synchronize and is_last)
+                exchange = synchronize and index == len(terms) - 1
+                with contextlib.nullcontext() if exchange else self.accelerator.no_sync(model):
+                    state._set_sync_gradients(exchange)
                     loss = term()
                     self._check_loss(loss, prompts, index, len(terms))
-                    if synchronize and is_last:
+                    if exchange:
                         self._stop_before_deepspeed_steps()
                     self.accelerator.backward(loss / self.current_gradient_accumulation_steps, **kwargs)
                 total += loss.detach()
             state._set_sync_gradients(synchronize)
         return total / self.current_gradient_accumulation_steps
+
+    def _modules_of_update(self) -> list[nn.Module]:
+        """The frozen modules that the loss terms run through."""
+        return []
 
     @abstractmethod
     def _prompts_of(self, inputs: Any) -> list[str]:
@@ -587,7 +675,7 @@ class DiffusionTrainer(PublishingMixin, ReliableTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         network = self.accelerator.unwrap_model(self.model if model is None else model)
-        if isinstance(network, PeftModel):
+        if isinstance(network, PeftModel) or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_torch_model(

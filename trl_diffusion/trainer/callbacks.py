@@ -20,16 +20,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.logging import get_logger
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import CallbackHandler
-from transformers.utils import logging
 
 from ..data.sampler import GroupSampler
 from ..rewards import to_pil
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 class EpochCallback(TrainerCallback):

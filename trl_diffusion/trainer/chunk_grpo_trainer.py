@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig, PeftModel
@@ -30,7 +31,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback
-from transformers.utils import logging
 
 from ..data.sampler import GroupSampler
 from ..flow import (
@@ -56,7 +56,7 @@ from .base_trainer import DiffusionTrainer, LossTerm
 from .chunk_grpo_config import ChunkGRPOConfig
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 # Streams of random numbers, each with its own seeds.
 _INITIAL_NOISE, _SAMPLING_NOISE, _CHUNKS = range(3)
@@ -206,7 +206,6 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         args = self.args
         prompts = [row["prompt"] for row in rows]
         columns = self._columns(rows)
-        self.model_wrapped.eval()
         with self.timed("rollout"):
             trajectory, drawn = self._rollout(prompts, generation)
         with self.timed("decode"):
@@ -232,9 +231,9 @@ class ChunkGRPOTrainer(DiffusionTrainer):
             for start in range(0, len(prompts), size)
         ]
         if not args.on_policy:
-            with self.timed("old_log_probs"), torch.no_grad():
+            with self.timed("old_log_probs"), self.rollout_model() as model:
                 for micro_batch in micro_batches:
-                    micro_batch.old_log_probs = self._old_log_probs(micro_batch)
+                    micro_batch.old_log_probs = self._old_log_probs(model, micro_batch)
         return micro_batches
 
     def _rollout(self, prompts: list[str], generation: int) -> tuple[Trajectory, list[list[int]]]:
@@ -252,18 +251,19 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         keep = range(args.num_inference_steps - 1) if drawn is None else sum(drawn, [])
 
         trajectories = []
-        for start in range(0, len(prompts), self.rollout_batch_size):
-            part = slice(start, start + self.rollout_batch_size)
-            conditioning = self.prompt_cache.get(prompts[part], args.device)
-            noise, generators = initial[part], sampling[part]
+        with self.rollout_model() as model:
+            for start in range(0, len(prompts), self.rollout_batch_size):
+                part = slice(start, start + self.rollout_batch_size)
+                conditioning = self.prompt_cache.get(prompts[part], args.device)
+                noise, generators = initial[part], sampling[part]
 
-            def velocity(latents, sigma, step, conditioning=conditioning):
-                return self.velocity(self.model_wrapped, latents, sigma, conditioning)
+                def velocity(latents, sigma, step, conditioning=conditioning):
+                    return self.velocity(model, latents, sigma, conditioning)
 
-            def draw_noise(generators=generators, noise=noise):
-                return self.randn(generators, noise)
+                def draw_noise(generators=generators, noise=noise):
+                    return self.randn(generators, noise)
 
-            trajectories.append(rollout(velocity, noise, self.sigmas, self.transitions, draw_noise, keep))
+                trajectories.append(rollout(velocity, noise, self.sigmas, self.transitions, draw_noise, keep))
         trajectory = Trajectory.cat(trajectories)
 
         changes = trajectory.relative_changes.mean(0)[:-1]
@@ -356,13 +356,13 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         parts = [self._transition(model, micro_batch, steps)[0] for steps in self._forward_groups(chunk)]
         return torch.cat(parts, 1)
 
-    def _old_log_probs(self, micro_batch: MicroBatch) -> torch.Tensor:
+    def _old_log_probs(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
         """Log-probabilities `(m, T)` of the sampling policy at the trained transitions."""
         if self.args.old_log_probs == "rollout":
             return micro_batch.rollout_log_probs
         old = micro_batch.rollout_log_probs.clone()
         for chunk in micro_batch.chunks:
-            old[:, chunk] = self._log_probs(self.model_wrapped, micro_batch, chunk)
+            old[:, chunk] = self._log_probs(model, micro_batch, chunk)
         return old
 
     def loss_terms(self, model: nn.Module, micro_batch: MicroBatch) -> Sequence[LossTerm]:
@@ -427,6 +427,8 @@ class ChunkGRPOTrainer(DiffusionTrainer):
                 with self.adapter_off():
                     reference_mean = self._transition(self.model_wrapped, micro_batch, steps)[1]
             else:
+                if self.reference.dtype != self.flow.dtype:
+                    self.reference.to(self.flow.dtype)  # see `velocity`
                 reference_mean = self._transition(self.reference, micro_batch, steps)[1]
         kl = transition_kl(mean, reference_mean, std).mean()
         self._metrics["train"]["kl"].append(kl.item())
@@ -489,8 +491,8 @@ class ChunkGRPOTrainer(DiffusionTrainer):
     def _load_process_state(self, folder: str) -> None:
         if self._micro_step % self._micro_steps_per_generation == 0:
             return
-        with safe_open(self._generation_file(folder), framework="pt", device=str(self.args.device)) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with safe_open(self._generation_file(folder), framework="pt") as file:
+            tensors = {name: file.get_tensor(name).to(self.args.device) for name in file.keys()}  # noqa: SIM118
             rest = json.loads(file.metadata()["micro_batches"])
         self._generation = [
             MicroBatch(

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import nn
 from transformers import TrainerCallback
-from transformers.utils import logging
 
 from ..data.images import ImageBuckets
 from ..data.sampler import BucketSampler
@@ -37,7 +37,7 @@ from .callbacks import RewardHackingCallback
 from .srpo_config import SRPOConfig
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 # Streams of random numbers, each with its own seeds.
 _INITIAL_NOISE, _FRESH_NOISE, _LANDINGS, _STEPS = range(3, 7)
@@ -218,10 +218,11 @@ class SRPOTrainer(DiffusionTrainer):
         patches = torch.nn.functional.interpolate(patches, size=(64, 64), mode="bilinear").to(self.args.device)
         for name, reward in self.rewards.items():
             images = patches.clone().requires_grad_()
-            score = reward.score(images, [prompt] * len(images))
             gradient = None
-            if score.requires_grad:
-                (gradient,) = torch.autograd.grad(score.sum(), images, allow_unused=True)
+            with self.on_accelerator(reward):
+                score = reward.score(images, [prompt] * len(images))
+                if score.requires_grad:
+                    (gradient,) = torch.autograd.grad(score.sum(), images, allow_unused=True)
             if gradient is None or not gradient.isfinite().all() or not gradient.any():
                 raise ValueError(
                     f"The reward {name!r} is not differentiable: its score has no (finite, non-zero) gradient with "
@@ -257,7 +258,7 @@ class SRPOTrainer(DiffusionTrainer):
     ) -> CleanBatch:
         """Images of the dataset, encoded, with fresh noise."""
         size = self.images.size(rows[0], (self.height, self.width), self.flow.latent_downsample)
-        with self.timed("encode"):
+        with self.timed("encode"), self.on_accelerator(self.flow.vae):
             images = self.images.load(rows, size).to(self.args.device)
             clean = self.flow.encode_image(images)
         noise = self.randn(self.generators(_FRESH_NOISE, numbers), clean)
@@ -267,11 +268,9 @@ class SRPOTrainer(DiffusionTrainer):
     def _online_batch(self, prompts: list[str], numbers: list[int], sigmas: torch.Tensor) -> CleanBatch:
         """Images of the current policy, with the noise they were made from."""
         args = self.args
-        model = self.model_wrapped
-        model.eval()  # no dropout in the rollout
         initial = self.draw_initial_noise(self.generators(_INITIAL_NOISE, numbers))
         steps = self._start_steps()
-        with self.timed("rollout"):
+        with self.timed("rollout"), self.rollout_model() as model:
             trajectories = []
             for start in range(0, len(prompts), self.rollout_batch_size):
                 part = slice(start, start + self.rollout_batch_size)
@@ -282,7 +281,6 @@ class SRPOTrainer(DiffusionTrainer):
 
                 trajectories.append(rollout(velocity, initial[part], self.sigmas, self.euler, keep=steps))
             trajectory = Trajectory.cat(trajectories)
-        model.train()
         clean = trajectory.clean
         self._images_since_log += len(prompts)
         self._score_rollout(clean, prompts)
@@ -321,6 +319,9 @@ class SRPOTrainer(DiffusionTrainer):
         self._keep_samples(images, prompts, dict(zip(self.rewards, scores.unbind(1), strict=True)))
 
     # ---- Objective ----
+
+    def _modules_of_update(self) -> list[nn.Module]:
+        return [self.flow.vae, *self.rewards.values()]
 
     def loss_terms(self, model: nn.Module, batch: CleanBatch) -> Sequence[LossTerm]:
         """One term for each pass: a landing of a branch, a ReFL step, or a DRaFT pass. Memory holds one of them."""
@@ -443,12 +444,13 @@ class SRPOTrainer(DiffusionTrainer):
             for sign, words in ((1, args.positive_words), (-1, args.negative_words)):
                 count = len(words[name] if isinstance(words, dict) else words)
                 prompt_sets = [args.control_prompts(words, name, i, prompts) for i in range(count)]
-                for start in range(0, len(prompts), self.rollout_batch_size):
-                    part = slice(start, start + self.rollout_batch_size)
-                    sets = [prompts_[part] for prompts_ in prompt_sets]
-                    call = functools.partial(scores_of_prompt_sets, reward, images[part], sets)
-                    parts = self.call_reward(name, prompts[part], call)
-                    objective[part] += sign * weight * torch.stack(parts).mean(0)
+                with self.on_accelerator(reward):
+                    for start in range(0, len(prompts), self.rollout_batch_size):
+                        part = slice(start, start + self.rollout_batch_size)
+                        sets = [prompts_[part] for prompts_ in prompt_sets]
+                        call = functools.partial(scores_of_prompt_sets, reward, images[part], sets)
+                        parts = self.call_reward(name, prompts[part], call)
+                        objective[part] += sign * weight * torch.stack(parts).mean(0)
         scores = {"objective": objective, **scores}
         compared = [name for name in scores if name == "objective" or name.startswith("watch/")]
         gathered = self.accelerator.gather(torch.stack([scores[name] for name in compared], 1))

@@ -1,0 +1,139 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Short runs of both trainers, started by `test_sharded.py` on one process or several, sharded or not, as the launcher says.
+
+```bash
+accelerate launch --config_file trl_diffusion/accelerate_configs/zero2.yaml --num_processes 2 sharded_run.py FOLDER SIZE RUNS
+```
+
+SIZE is the number of images that all processes together train in a micro-batch, RUNS which runs to make, one after the
+other: "srpo" trains a LoRA, "srpo_full" all weights, "srpo+resumed" goes on from the first checkpoint of "srpo".
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from accelerate.utils import is_deepspeed_available
+from datasets import Dataset
+from peft import LoraConfig
+from tiny_models import tiny_flux_pipeline
+
+from trl_diffusion import ChunkGRPOConfig, ChunkGRPOTrainer, SRPOConfig, SRPOTrainer
+
+
+PROMPTS = [f"a {size} {color} circle" for size in ("small", "large") for color in ("red", "green", "blue", "white")]
+COMMON = {
+    "height": 32,
+    "width": 32,
+    "num_inference_steps": 5,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 2,
+    "lr_scheduler_type": "constant",
+    "num_eval_images": 3,
+    "num_samples_to_log": 2,
+    "save_strategy": "no",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "cache_prompt_embeds": False,
+}
+# Groups span both processes, chunks are unequal, and one generation is trained in two optimizer steps.
+CHUNK_GRPO = {**COMMON, "num_generations": 4, "chunk_sizes": [1, 3], "steps_per_generation": 4, "beta": 0.1}
+SRPO = {**COMMON, "num_landings": 1, "sigma_range": [0.3, 0.9]}
+# Optimizer and parameters rest on the CPU; the sizes that stay "auto" are for the trainer to set. DeepSpeed's own Adam
+# for the CPU would have to be compiled.
+OFFLOAD = {
+    "zero_optimization": {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu"},
+        "offload_param": {"device": "cpu"},
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "zero_force_ds_cpu_optimizer": False,
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+}
+RUNS = {
+    "chunk_grpo": (ChunkGRPOTrainer, ChunkGRPOConfig, {**CHUNK_GRPO, "learning_rate": 1e-2}),
+    "srpo": (SRPOTrainer, SRPOConfig, {**SRPO, "learning_rate": 1e-2}),
+    "chunk_grpo_full": (ChunkGRPOTrainer, ChunkGRPOConfig, {**CHUNK_GRPO, "learning_rate": 1e-3}),
+    "srpo_full": (SRPOTrainer, SRPOConfig, {**SRPO, "learning_rate": 1e-3}),
+}
+
+
+def make_trainer(name: str, folder: Path, size: int, **settings):
+    trainer_class, config_class, defaults = RUNS[name]
+    config = config_class(output_dir=str(folder), **{**defaults, **settings})
+    config.per_device_train_batch_size = size // config.world_size
+    dataset = Dataset.from_dict({"prompt": PROMPTS})
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_v"])
+    return trainer_class(
+        tiny_flux_pipeline(seed=0),
+        "shapes-clip",
+        config,
+        dataset,
+        eval_dataset=dataset.select(range(2)),
+        peft_config=False if name.endswith("_full") else lora,
+        watch_reward_funcs="shapes-clip",
+    )
+
+
+def run(name: str, folder: Path, size: int, resume_from: Path | None = None, **settings) -> None:
+    trainer = make_trainer(name, folder, size, **settings)
+    before = trainer.generate(PROMPTS[:2], [0, 1])
+    trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    images = trainer.generate(PROMPTS[:2], [0, 1])
+    if trainer.is_world_process_zero():
+        result = {
+            "distributed_type": trainer.accelerator.distributed_type.value,
+            "num_processes": trainer.accelerator.num_processes,
+            "log": trainer.state.log_history,
+            "metrics": metrics,
+            "images": images.flatten().tolist(),
+            "change": (images - before).abs().max().item(),
+        }
+        (folder / "result.json").write_text(json.dumps(result))
+
+
+def main(folder: Path, size: int, names: list[str]) -> None:
+    for name in names:
+        base, _, variant = name.partition("+")
+        if variant == "resumed":
+            run(base, folder / name, size, folder / base / "checkpoint-1", ds3_gather_for_rollout=False)
+        elif variant == "bf16":
+            run(base, folder / name, size, bf16=True)
+        elif variant == "offload":
+            # accelerate takes its launcher's configuration or a DeepSpeed file, not both.
+            del os.environ["ACCELERATE_CONFIG_DS_FIELDS"]
+            run(base, folder / name, size, deepspeed=OFFLOAD)
+        else:
+            run(base, folder / name, size, save_strategy="steps", save_steps=1)
+
+
+if __name__ == "__main__":
+    if is_deepspeed_available():
+        import deepspeed
+
+        # Gloo alone, so that nothing is compiled: the tests need no C++ compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3].split(","))

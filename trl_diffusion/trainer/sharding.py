@@ -1,0 +1,119 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What DeepSpeed ZeRO and FSDP2 need of a trainer of diffusion models beyond what transformers and accelerate do."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin, TorchDynamoPlugin
+from torch import nn
+
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+# Elements, not bytes. accelerate derives "auto" from the `hidden_size` of a language model's configuration, which no
+# diffusers model has, and DeepSpeed's own 5e8 reserves a gigabyte a bucket in bf16. These are the sizes that "auto"
+# would give for a hidden size of 7000 in stages 1 and 2; the last two are stage 3's.
+BUCKET_SIZES = {
+    "reduce_bucket_size": 50_000_000,
+    "allgather_bucket_size": 50_000_000,
+    "stage3_prefetch_bucket_size": 45_000_000,
+    "stage3_param_persistence_threshold": 100_000,
+}
+
+
+def set_bucket_sizes(plugin: DeepSpeedPlugin) -> None:
+    """
+    Give the bucket sizes of DeepSpeed ZeRO that are "auto" or missing integers, so that a configuration made for language
+    models serves as well. Sizes that are given as integers stay.
+
+    Args:
+        plugin ([`~accelerate.DeepSpeedPlugin`]): of the training arguments; changed in place.
+    """
+    zero = plugin.deepspeed_config["zero_optimization"]
+    for name, size in BUCKET_SIZES.items():
+        if zero.get(name, "auto") == "auto":
+            zero[name] = size
+
+
+def shard_on_cpu(plugin: FullyShardedDataParallelPlugin, mixed_precision: str) -> None:
+    """
+    Switch FSDP on for processes that train on the CPU. accelerate ignores the request there, and trains with DDP;
+    PyTorch's FSDP2 runs on gloo as on NCCL.
+
+    To be called before the `Accelerator` is made, which takes this state over.
+
+    Args:
+        plugin ([`~accelerate.FullyShardedDataParallelPlugin`]): how to shard.
+        mixed_precision (`str`): "no", "fp16" or "bf16".
+    """
+    state = AcceleratorState(mixed_precision, cpu=True, dynamo_plugin=TorchDynamoPlugin(), _from_accelerator=True)
+    # Every later AcceleratorState() takes this over from PartialState.
+    state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+    state.fsdp_plugin = plugin
+    if mixed_precision != "no":
+        plugin.set_mixed_precision(mixed_precision)
+
+
+def trains_on_several_cpu_processes() -> bool:
+    """Whether accelerate's state, which exists by now, is that of CPU processes."""
+    return PartialState().distributed_type == DistributedType.MULTI_CPU
+
+
+def keep_float32_inputs(plugin: FullyShardedDataParallelPlugin) -> None:
+    """
+    With bf16, let FSDP2 cast parameters alone. By default it casts what goes into every block as well, and so rounds
+    noise levels and position embeddings, and adds gradients of processes up in bfloat16.
+    """
+    policy = plugin.mixed_precision_policy
+    if policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(
+            policy, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+
+
+@contextlib.contextmanager
+def gathered(engine: "DeepSpeedEngine") -> Iterator[nn.Module]:
+    """
+    The whole network of a ZeRO-3 engine on every process, for forwards without gradient: parameters are gathered once,
+    and not layer by layer in each forward.
+
+    Args:
+        engine (`DeepSpeedEngine`): of stage 3.
+    """
+    import deepspeed
+
+    offload = engine.optimizer.parameter_offload
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        # The engine's hooks would partition each layer again after its forward.
+        for hook in (*offload.forward_hooks, *offload.backward_hooks):
+            hook.remove()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        for parameter in engine.module.parameters():
+            parameter.ds_active_sub_modules.clear()
+        try:
+            yield engine.module
+        finally:
+            # What the engine recorded of the order of layers ends here.
+            coordinator = offload.get_param_coordinator()
+            if not coordinator.is_invalid_trace():
+                coordinator._invalidate_trace()
+            offload._register_deepspeed_module(offload.module)
