@@ -18,6 +18,7 @@ import json
 import re
 import shutil
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -193,6 +194,7 @@ class TestEvaluate:
         for path in lost:
             path.unlink()
         lost[0].with_suffix(".part").write_bytes(b"\x89PNG")
+        diffusers.utils.logging.enable_progress_bar()  # the demo, in the same process, switches it off
         assert evaluate(folder, adapters) == 0
         printed = capfd.readouterr().err
         assert "3/3" in printed and "Loading pipeline" in printed

@@ -66,7 +66,13 @@ CONFIG = {
     "dataloader_pin_memory": False,
 }
 # What differs without control words: the plain prompt is rewarded.
-ABSOLUTE = {"preference": "absolute", "sigma_range": [0.75, 0.964], "delta_sigma": None, "max_steps": 60}
+ABSOLUTE = {
+    "preference": "absolute",
+    "sigma_range": [0.75, 0.964],
+    "delta_sigma": None,
+    "learning_rate": 5e-4,
+    "max_steps": 70,
+}
 
 
 class SRPODemo(Demo):

@@ -14,6 +14,7 @@
 
 """Whether settings are of the kinds that their annotations say."""
 
+import functools
 import math
 import types
 import typing
@@ -44,12 +45,19 @@ def check_types(config: TrainingArguments, unchecked: Collection[str]) -> None:
         `ValueError`: a setting of another kind.
     """
     inherited = {field.name for field in fields(TrainingArguments)} - set(INHERITED)
+    kinds = _annotations(type(config))
     for field in fields(config):
         if field.name not in inherited and field.name not in unchecked:
-            value = vars(config)[field.name]
-            if not _fits(value, field.type):
-                kind = field.type.__name__ if isinstance(field.type, type) else field.type
-                raise ValueError(f"{field.name} must be {kind}{_finite(field.type)}, got {value!r}.")
+            value, kind = vars(config)[field.name], kinds[field.name]
+            if not _fits(value, kind):
+                name = kind.__name__ if isinstance(kind, type) else kind
+                raise ValueError(f"{field.name} must be {name}{_finite(kind)}, got {value!r}.")
+
+
+@functools.cache
+def _annotations(config_class: type) -> dict[str, Any]:
+    # Not the types of `dataclasses.fields`, from which `HfArgumentParser` takes away the `None`.
+    return typing.get_type_hints(config_class)
 
 
 def _fits(value: Any, kind: Any) -> bool:
