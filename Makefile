@@ -2,8 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Written last, so that an installation that was interrupted is done again.
+# Written last, so that an installation that was interrupted is done again. The demos need the package alone.
 INSTALLED := $(VENV)/.installed
+INSTALLED_ALL := $(VENV)/.installed-all
+# Processes of the suite; each uses one core.
+JOBS ?= 2
 
 .PHONY: help setup demo demo-srpo test campaigns docs lint format clean
 
@@ -17,13 +20,17 @@ help:
 	@echo "make format     repair style and formatting"
 	@echo "make clean      remove .venv and build leftovers"
 
-setup: $(INSTALLED)
+setup: $(INSTALLED_ALL)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, but $(PYTHON) is " + sys.version.split()[0] + ". Choose another one: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,test]"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e .
 	touch $(INSTALLED)
+
+$(INSTALLED_ALL): $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,test]"
+	touch $(INSTALLED_ALL)
 
 demo: $(INSTALLED)
 	$(BIN)/trl-diffusion demo chunk_grpo $(DEMO_ARGS)
@@ -31,21 +38,21 @@ demo: $(INSTALLED)
 demo-srpo: $(INSTALLED)
 	$(BIN)/trl-diffusion demo srpo $(DEMO_ARGS)
 
-test: $(INSTALLED)
-	$(BIN)/python -m pytest $(TEST_ARGS)
+test: $(INSTALLED_ALL)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TEST_ARGS)
 
-docs: $(INSTALLED)
+docs: $(INSTALLED_ALL)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-campaigns: $(INSTALLED)
+campaigns: $(INSTALLED_ALL)
 	PYTHONPATH=tests $(BIN)/python tests/campaigns/kill.py --kills 20
 	PYTHONPATH=tests $(BIN)/python tests/campaigns/configs.py --configs 2000
 
-lint: $(INSTALLED)
+lint: $(INSTALLED_ALL)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(INSTALLED)
+format: $(INSTALLED_ALL)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
