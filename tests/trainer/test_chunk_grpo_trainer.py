@@ -420,3 +420,14 @@ class TestAdapter:
         assert not torch.equal(images[0], images[1]) and not torch.equal(images[1], images[2])
         with pytest.raises(ValueError, match="adapter_fraction"):
             trainer.generate(["rain"], [0], adapter_fraction=1.5)
+
+
+def test_rollouts_have_no_dropout_and_all_updates_have(make_trainer):
+    trainer = make_trainer(peft_config=LoraConfig(r=4, target_modules=["to_q"], lora_dropout=0.5))
+    modes = []
+    handle = trainer.model.register_forward_pre_hook(
+        lambda network, inputs: modes.append((torch.is_grad_enabled(), network.training))
+    )
+    trainer.train()
+    handle.remove()
+    assert set(modes) == {(False, False), (True, True)}

@@ -14,6 +14,7 @@
 
 """Images as reward models take them: checked in one place, resized faithfully and differentiably."""
 
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -28,6 +29,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 # Decoded and resized images may leave [0, 1] by rounding; [-1, 1] and [0, 255] are mistakes.
 RANGE_TOLERANCE = 1e-3
+PILLOW_BITS = 22  # after the point, of Pillow's weights
 PILLOW_13 = version.parse(PIL.__version__) >= version.parse("13")
 
 
@@ -129,21 +131,62 @@ def resize(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 def resize_like_pil(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """
-    Bicubic, antialiased, as the installed Pillow resizes 8-bit pictures: one pass along the rows and one along the
-    columns, each where the size changes, each clamped and rounded to 8 bits. Gradients pass the rounding unchanged
-    (straight-through).
+    Bicubic, antialiased, to the very levels of the installed Pillow: images are rounded to 8 bits, then resampled along
+    the rows and along the columns, where the size changes, each time rounded to 8 bits again.
 
-    8-bit pictures come out as Pillow's, but for pixels that lie between two levels and tip over: 1/255 apart (2/255 on one
-    in 200 sizes of black and white stripes, where both passes tip).
-    Without the rounding they are up to 1.06/255 apart, in one pass without a clamp up to 33/255.
+    The gradient is that of the two passes without rounding, each clamped. Without the rounding values are up to 1.06/255
+    apart from Pillow's, in one pass without a clamp up to 33/255.
+
+    Args:
+        images (`torch.Tensor` of shape `(B, 3, H, W)`): in [0, 1].
+        height (`int`): of the result.
+        width (`int`): of the result.
+
+    Returns:
+        `torch.Tensor` of shape `(B, 3, height, width)`, float32, in [0, 1]; `images` themselves if that is their size.
     """
     sizes = {-1: width, -2: height}
-    for dim in (-2, -1) if _columns_first(*images.shape[-2:], height, width) else (-1, -2):
-        if images.shape[dim] != sizes[dim]:
-            shape = [*images.shape[-2:]]
-            shape[dim] = sizes[dim]
-            images = _round_to_8_bits(resize(images, *shape))
-    return images
+    order = (-2, -1) if _columns_first(*images.shape[-2:], height, width) else (-1, -2)
+    dims = [dim for dim in order if images.shape[dim] != sizes[dim]]
+    if not dims:
+        return images
+    # Integers in float64, so that sums are exact; Apple's accelerators have none.
+    levels = images.detach().to("cpu" if images.device.type == "mps" else images.device, torch.float64)
+    levels = (levels.clamp(0, 1) * 255).round()
+    for dim in dims:
+        weights = torch.from_numpy(_pillow_weights(levels.shape[dim], sizes[dim])).to(levels.device)
+        sums = (levels.movedim(dim, -1) @ weights).movedim(-1, dim)
+        levels = ((sums + 2 ** (PILLOW_BITS - 1)) / 2**PILLOW_BITS).floor().clamp(0, 255)
+    exact = (levels / 255).to(images.device, torch.float32)
+    if not images.requires_grad:
+        return exact
+    smooth = images
+    for dim in dims:
+        shape = [*smooth.shape[-2:]]
+        shape[dim] = sizes[dim]
+        smooth = resize(smooth, *shape).clamp(0, 1)
+    return smooth + (exact - smooth).detach()
+
+
+@functools.lru_cache(maxsize=64)
+def _pillow_weights(size: int, new_size: int) -> np.ndarray:
+    """
+    Pillow's bicubic weights in units of 2**-22, rounded to integers, shape (size, new_size); see `precompute_coeffs` and
+    `normalize_coeffs_8bpc` in Pillow's Resample.c.
+    """
+    scale = size / new_size
+    stretch = max(scale, 1.0)
+    weights = np.zeros((size, new_size))
+    for column in range(new_size):
+        center = (column + 0.5) * scale
+        first = max(int(center - 2 * stretch + 0.5), 0)
+        last = min(int(center + 2 * stretch + 0.5), size)
+        x = np.abs((np.arange(first, last) - center + 0.5) / stretch)
+        inner, outer = (1.5 * x - 2.5) * x * x + 1, -0.5 * (((x - 5) * x + 8) * x - 4)
+        kernel = np.where(x < 1, inner, np.where(x < 2, outer, 0.0))
+        weights[first:last, column] = kernel / kernel.sum()
+    scaled = weights * 2**PILLOW_BITS
+    return np.trunc(scaled + np.copysign(0.5, scaled))
 
 
 def _columns_first(height: int, width: int, new_height: int, new_width: int) -> bool:
@@ -152,11 +195,6 @@ def _columns_first(height: int, width: int, new_height: int, new_width: int) -> 
     pixels as the width (https://github.com/python-pillow/Pillow/pull/9549), which no usual picture does.
     """
     return PILLOW_13 and new_height < height and height - new_height > 2 * (width - new_width)
-
-
-def _round_to_8_bits(images: torch.Tensor) -> torch.Tensor:
-    images = images.clamp(0, 1)
-    return images + ((images * 255 + 0.5).floor() / 255 - images).detach()
 
 
 def center_crop(images: torch.Tensor, size: int, rounding: Literal["torchvision", "transformers"]) -> torch.Tensor:

@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -32,18 +32,21 @@ logger = logging.get_logger(__name__)
 STAGING_NAME = ".checkpoint-being-written"
 # What the trainers of this package keep beside what `transformers.Trainer` keeps.
 STATE_NAME = "trl_diffusion_state.json"
-# Every file of the checkpoint with its size, written last.
+# What a resume needs of the checkpoint, with sizes, written last.
 MANIFEST_NAME = "trl_diffusion_files.json"
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 _REPLACED = re.compile(rf"\.({PREFIX_CHECKPOINT_DIR}-\d+)-replaced")
 
 
 def write_manifest(folder: Path) -> None:
-    """List the files of a checkpoint and their sizes in it, once all of them are written."""
+    """
+    List the files of a checkpoint and their sizes in it, once all of them are written; but for the settings, which no
+    resume reads and no push takes along.
+    """
     files = {
         path.relative_to(folder).as_posix(): path.stat().st_size
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != TRAINING_ARGS_NAME
     }
     (folder / MANIFEST_NAME).write_text(json.dumps(files, indent=2), encoding="utf-8")
 
