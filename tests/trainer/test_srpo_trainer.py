@@ -527,9 +527,9 @@ class TestResume:
         whole, resumed = make_trainer(**settings), make_trainer(**settings)
         whole.train()
         saved = json.loads((tmp_path / "out" / "checkpoint-2" / "trl_diffusion_state.json").read_text())["hacking"]
-        assert set(saved["previous"]) == {"objective", "watch/redness/mean"}
+        assert set(saved["best"]) == {"watch/redness/mean"}
         resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
-        assert resumed.hacking_callback.previous == whole.hacking_callback.previous
+        assert resumed.hacking_callback.best == whole.hacking_callback.best
         assert resumed.hacking_callback.count == whole.hacking_callback.count
 
 
@@ -595,13 +595,27 @@ class TestHacking:
         callback, control = RewardHackingCallback(patience=2, stop=stop), TrainerControl()
         warned = []
         #                              first   hacked  no more hacked  hacked  hacked
-        for objective, watched in [(0, 9), (1, 8), (2, 8), (3, 7), (4, 6), (5, 5)]:
+        for objective, watched in [(0, 9), (1, 8), (2, 9), (3, 8), (4, 7), (5, 5)]:
             caplog.clear()
             evaluate(callback, control, [objective, objective + 2], [watched, watched + 1])
             warned.append("Reward hacking" in caplog.text)
             assert control.should_training_stop == (stop and any(warned))
         assert warned == [False, False, False, False, True, True]
-        assert "objective has risen to 6 while watch/judge/mean has fallen to 5.5, for 3 evaluations" in caplog.text
+        assert (
+            "objective has risen to 6 while watch/judge/mean has fallen to 5.5 from 9.5 at its best, for 3 evaluations"
+            in caplog.text
+        )
+
+    def test_a_slow_decline_is_noticed(self):
+        """Of which no step exceeds its noise, but all of them together do."""
+        random = np.random.default_rng(0)
+        callback, control = RewardHackingCallback(patience=2, stop=True), TrainerControl()
+        stopped = None
+        for step in range(15):
+            if stopped is None and control.should_training_stop:
+                stopped = step
+            evaluate(callback, control, [step] * 64, (random.normal(size=64) - 0.1 * step).tolist(), step)
+        assert stopped is not None and stopped > 3
 
     def test_a_fall_of_both_or_a_rise_of_both_is_no_hacking(self, caplog):
         callback, control = RewardHackingCallback(patience=1, stop=True), TrainerControl()
@@ -641,7 +655,7 @@ class TestHacking:
     def test_an_evaluation_under_another_name_is_left_alone(self, make_trainer):
         trainer = make_trainer(eval_dataset=Dataset.from_list([{"prompt": "a cat"}]), num_eval_images=2)
         trainer.evaluate(metric_key_prefix="test")
-        assert trainer.hacking_callback.previous == {}
+        assert trainer.hacking_callback.best == {}
 
     def test_training_stops_where_the_watched_reward_is_the_opposite(self, make_trainer, caplog):
         def darkness(images, prompts, **columns):

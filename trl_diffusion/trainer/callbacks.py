@@ -112,10 +112,11 @@ class SampleImagesCallback(TrainerCallback):
 
 class RewardHackingCallback(TrainerCallback):
     """
-    Warns when the trained objective rises while a watched reward falls, evaluation after evaluation.
+    Warns when the trained objective has risen and a watched reward has fallen since the evaluation at which the watched
+    one was best, evaluation after evaluation. So a slow decline counts as well, of which each step is within its noise.
 
-    Evaluations draw the same prompts from the same noise, so their images are compared in pairs, and a change counts
-    where its mean exceeds its standard error: of two evaluations by chance one is always the lower.
+    Evaluations draw the same prompts from the same noise, so their images are compared in pairs. A change counts where
+    its mean exceeds `SIGNIFICANT` standard errors: the best of several evaluations is partly the luckiest.
 
     Args:
         patience (`int`): such evaluations in a row before the warning.
@@ -124,41 +125,49 @@ class RewardHackingCallback(TrainerCallback):
     Attributes:
         scores (`dict[str, list[float]]`): of the evaluation that is being made, by the name of its metric, one score
             an image; the trainer sets it. `"objective"` is what is trained, the others are watched.
-        previous (`dict[str, list[float]]`): those of the last evaluation; empty before the first.
-        count (`dict[str, int]`): evaluations in a row in which the objective rose and this one fell.
+        best (`dict[str, dict[str, list[float]]]`): for each watched reward, its scores and those of the objective at the
+            evaluation at which its mean was highest.
+        count (`dict[str, int]`): evaluations in a row at which the objective was higher and this one lower than then.
     """
+
+    SIGNIFICANT = 2.5
 
     def __init__(self, patience: int, stop: bool):
         self.patience = patience
         self.stop = stop
         self.scores: dict[str, list[float]] = {}
-        self.previous: dict[str, list[float]] = {}
+        self.best: dict[str, dict[str, list[float]]] = {}
         self.count: dict[str, int] = {}
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics, **kwargs):
         if "eval_objective" not in metrics:
             return  # an evaluation of the user's own, under another prefix
-        previous, self.previous = self.previous, self.scores
-        if not previous or len(previous["objective"]) != len(self.scores["objective"]):
-            return
-        rises = _change(previous["objective"], self.scores["objective"]) > 0
-        for name in self.scores.keys() & previous.keys() - {"objective"}:
-            hacked = rises and _change(previous[name], self.scores[name]) < 0
-            self.count[name] = self.count.get(name, 0) + 1 if hacked else 0
-            if self.count[name] >= self.patience:
+        for name, scores in self.scores.items():
+            if name != "objective":
+                self._compare(name, {"objective": self.scores["objective"], "watched": scores})
+            if self.count.get(name, 0) >= self.patience:
                 logger.warning(
                     f"Reward hacking? At step {state.global_step} the trained objective has risen to "
-                    f"{metrics['eval_objective']:.4g} while {name} has fallen to {metrics[f'eval_{name}']:.4g}, for "
-                    f"{self.count[name]} evaluations in a row. Stop here, lower learning_rate, or resume from an "
-                    "earlier checkpoint."
+                    f"{metrics['eval_objective']:.4g} while {name} has fallen to {metrics[f'eval_{name}']:.4g} from "
+                    f"{np.nanmean(self.best[name]['watched']):.4g} at its best, for {self.count[name]} evaluations in a "
+                    "row. Stop here, lower learning_rate, or resume from an earlier checkpoint."
                 )
                 control.should_training_stop = control.should_training_stop or self.stop
 
+    def _compare(self, name: str, now: dict[str, list[float]]) -> None:
+        best = self.best.get(name)
+        comparable = best is not None and len(best["watched"]) == len(now["watched"])
+        if not comparable or np.nanmean(now["watched"]) >= np.nanmean(best["watched"]):
+            self.best[name], self.count[name] = now, 0
+            return
+        rises = self._change(best["objective"], now["objective"]) > 0
+        falls = self._change(best["watched"], now["watched"]) < 0
+        self.count[name] = self.count[name] + 1 if rises and falls else 0
 
-def _change(before: list[float], after: list[float]) -> float:
-    """The mean change of paired scores where it exceeds its standard error, else 0; NaN is "not applicable"."""
-    changes = np.subtract(after, before)
-    changes = changes[~np.isnan(changes)]
-    if len(changes) < 2 or abs(changes.mean()) <= changes.std(ddof=1) / len(changes) ** 0.5:
-        return 0.0
-    return float(changes.mean())
+    def _change(self, before: list[float], after: list[float]) -> float:
+        """The mean change of paired scores where it is significant, else 0; NaN is "not applicable"."""
+        changes = np.subtract(after, before)
+        changes = changes[~np.isnan(changes)]
+        if len(changes) < 2 or abs(changes.mean()) <= self.SIGNIFICANT * changes.std(ddof=1) / len(changes) ** 0.5:
+            return 0.0
+        return float(changes.mean())

@@ -109,8 +109,8 @@ class SRPOConfig(DiffusionConfig):
         > Parameters that control reward hacking
 
         hacking_patience (`int`, *optional*, defaults to `2`):
-            Warn when the trained objective rises while a watched reward falls for this many evaluations in a row. The
-            images of two evaluations are compared in pairs; changes within their standard error do not count.
+            Warn when, for this many evaluations in a row, the trained objective is higher and a watched reward lower than
+            when the watched one was best. Images are compared in pairs; changes within 2.5 standard errors do not count.
         stop_on_hacking (`bool`, *optional*, defaults to `False`):
             Stop the training then.
 
@@ -235,8 +235,8 @@ class SRPOConfig(DiffusionConfig):
     hacking_patience: int = field(
         default=2,
         metadata={
-            "help": "Warn when the trained objective rises while a watched reward falls for this many evaluations in "
-            "a row."
+            "help": "Warn when, for this many evaluations in a row, the trained objective is higher and a watched "
+            "reward lower than when the watched one was best."
         },
     )
     stop_on_hacking: bool = field(default=False, metadata={"help": "Stop the training then."})

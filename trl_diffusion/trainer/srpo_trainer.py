@@ -419,12 +419,12 @@ class SRPOTrainer(DiffusionTrainer):
     # ---- Resuming ----
 
     def _extra_state(self) -> dict[str, Any]:
-        hacking = {"previous": self.hacking_callback.previous, "count": self.hacking_callback.count}
+        hacking = {"best": self.hacking_callback.best, "count": self.hacking_callback.count}
         return {**super()._extra_state(), "hacking": hacking}
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         super()._load_extra_state(state)
-        self.hacking_callback.previous = state["hacking"]["previous"]
+        self.hacking_callback.best = state["hacking"]["best"]
         self.hacking_callback.count = state["hacking"]["count"]
 
     # ---- Evaluation ----
