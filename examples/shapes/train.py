@@ -289,6 +289,7 @@ def train_decoder(output_dir: Path, num_steps: int, num_images: int, batch_size:
         if step % 20 == 0:
             progress.set_postfix(l1=f"{error.abs().mean().item():.4f}")
     vae.half().save_pretrained(output_dir / "pipeline" / "vae")
+    forget_paths(output_dir / "pipeline" / "vae")
 
 
 def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
@@ -399,6 +400,15 @@ def save_pipeline(pipeline: FluxPipeline, weights: torch.nn.ModuleDict, folder: 
         if component is not None and name != "vae":
             component.save_pretrained(folder / name)
     pipeline.save_config(folder)
+    forget_paths(folder)
+
+
+def forget_paths(folder: Path) -> None:
+    """diffusers notes where a model was loaded from, which is a folder of this machine."""
+    for path in [*folder.glob("*.json"), *folder.glob("*/config.json")]:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
