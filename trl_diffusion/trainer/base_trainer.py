@@ -543,7 +543,31 @@ class DiffusionTrainer(PublishingMixin, ReliableTrainer):
             those of the base model, `{prefix}_base/reward` and so on, and the share of the images that are better than
             the base model's, ties by half, `{prefix}_win_rate/reward`, `{prefix}_win_rate/rewards/{name}` and so on.
         """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        _, scores, base = self._compare_with_base(self.eval_dataset if eval_dataset is None else eval_dataset)
+
+        def means(scores: dict[str, torch.Tensor], group: str = "") -> dict[str, float]:
+            return {f"{metric_key_prefix}_{group}{name}": column.nanmean().item() for name, column in scores.items()}
+
+        metrics = means(scores)
+        if base is not None:
+            better = {
+                name.removesuffix("/mean"): (1 + (column - base[name]).sign()) / 2 for name, column in scores.items()
+            }
+            metrics |= means(base, "base/") | means(better, "win_rate/")
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _compare_with_base(
+        self, dataset: Dataset
+    ) -> tuple[list[str], dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
+        """
+        Score `num_eval_images` images of the prompts of `dataset`, N in all processes together.
+
+        Returns:
+            The N prompts; the scores `(N,)` by name; and those of the base model's images, which are drawn and scored
+            once a dataset, or `None` where all weights are trained.
+        """
         check_prompts(dataset, "eval_dataset")
         missing = [prompt for prompt in dataset["prompt"] if prompt not in self.prompt_cache]
         if missing:
@@ -558,10 +582,6 @@ class DiffusionTrainer(PublishingMixin, ReliableTrainer):
         rows = [dataset[index % len(dataset)] for index in local]
         prompts = [row["prompt"] for row in rows]
         columns = self._columns(rows)
-
-        def means(scores: dict[str, torch.Tensor], group: str = "") -> dict[str, float]:
-            return {f"{metric_key_prefix}_{group}{name}": column.nanmean().item() for name, column in scores.items()}
-
         base = None
         if isinstance(self.accelerator.unwrap_model(self.model_wrapped), PeftModel):
             # Before the adapter's, so that a subclass that keeps the last scores keeps those.
@@ -570,15 +590,7 @@ class DiffusionTrainer(PublishingMixin, ReliableTrainer):
                 self._base_scores[key] = self._score_evaluation(prompts, local, columns, total, adapter_fraction=0.0)
             base = self._base_scores[key]
         scores = self._score_evaluation(prompts, local, columns, total)
-        metrics = means(scores)
-        if base is not None:
-            better = {
-                name.removesuffix("/mean"): (1 + (column - base[name]).sign()) / 2 for name, column in scores.items()
-            }
-            metrics |= means(base, "base/") | means(better, "win_rate/")
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return [dataset[index % len(dataset)]["prompt"] for index in range(total)], scores, base
 
     def _score_evaluation(
         self,

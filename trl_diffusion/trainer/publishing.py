@@ -159,26 +159,22 @@ class PublishingMixin:
     def compare_with_base(self) -> dict[str, dict[str, tuple[float, float, float]]]:
         """
         Score the base model and the trained one on the evaluation prompts, `num_eval_images` each, with the same seeds
-        as [`evaluate`]. To be called on every process.
+        as [`evaluate`], which may have scored the base model already. To be called on every process, and for an adapter
+        only.
 
         Returns:
             `dict`: `{"base": {reward: (mean, low, high)}, "aligned": {...}}` for the rewards and the watched ones; the
             95 % confidence interval takes images of one prompt for dependent, and is NaN for a single prompt.
         """
-        count, processes = self.args.num_eval_images, self.accelerator.num_processes
-        share = -(-count // processes)
-        local = [self.accelerator.process_index * share + i for i in range(share)]
-        rows = [self.eval_dataset[index % len(self.eval_dataset)] for index in local]
-        prompts, columns = [row["prompt"] for row in rows], self._columns(rows)
-        rewards = {**self.rewards, **self.watched_rewards}
-        all_prompts = [self.eval_dataset[index % len(self.eval_dataset)]["prompt"] for index in range(count)]
+        prompts, aligned, base = self._compare_with_base(self.eval_dataset)
+        names = {name: f"rewards/{name}/mean" for name in self.rewards}
+        names |= {name: f"watch/{name}/mean" for name in self.watched_rewards}
         results = {}
-        for model, adapter_fraction in (("base", 0.0), ("aligned", 1.0)):
-            images = self.generate(prompts, local, adapter_fraction).to(self.args.device)
-            scores = self.accelerator.gather(self.score(rewards, images, prompts, columns))[:count]
+        for model, scores in (("base", base), ("aligned", aligned)):
             results[model] = {}
-            for name, column in zip(rewards, scores.T.cpu().numpy(), strict=True):
-                mean, error = clustered_mean(list(by_prompt(column, all_prompts).values()))
+            for name, metric in names.items():
+                column = scores[metric].cpu().numpy()
+                mean, error = clustered_mean(list(by_prompt(column, prompts).values()))
                 results[model][name] = (mean, mean - 1.96 * error, mean + 1.96 * error)
         return results
 
