@@ -104,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trainer.create_model_card(dataset_name=script.dataset_name)
     if args.push_to_hub:
         trainer.push_to_hub()
+    trainer.accelerator.end_training()  # several processes part in order
 
 
 if __name__ == "__main__":

@@ -12,7 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A run of SRPO on two processes in which the second breaks in a given way, started by `test_reliability.py`."""
+"""
+A run of SRPO on two processes, sharded or not, in which the second breaks in a given way, started by
+`test_reliability.py`.
+"""
 
 import json
 import os
@@ -21,13 +24,15 @@ import time
 from pathlib import Path
 
 import torch
-from campaigns.tiny_runs import Warmth, make_trainer, save_trained
+from accelerate.utils import is_deepspeed_available
+from campaigns.tiny_runs import Warmth, make_trainer
 
 
 class Faulty(Warmth):
     """
-    At the steps given for it the reward of the second process is NaN ("nan"), raises ("raise") or ends its process
-    ("die"), and from the step given for it on that of all processes takes its time ("slow").
+    At the steps given for it the reward of the second process is NaN ("nan"), has an infinite gradient ("gradient"),
+    raises ("raise") or ends its process ("die"), and from the step given for it on that of all processes takes its time
+    ("slow").
     """
 
     def __init__(self, faults):
@@ -46,6 +51,8 @@ class Faulty(Warmth):
         if self.trainer.args.process_index == 1:
             if step == self.faults.get("nan") and images.requires_grad:
                 return scores * torch.nan
+            if step == self.faults.get("gradient") and images.requires_grad:
+                return (scores - scores).sqrt()
             if step == self.faults.get("raise"):
                 raise ConnectionError("the reward is out of order")
             if step == self.faults.get("die"):
@@ -59,10 +66,13 @@ def main(output: str, faults: dict[str, int], settings: dict) -> None:
     trainer = make_trainer("srpo", output, reward=reward, per_device_train_batch_size=1, **settings)
     reward.trainer = trainer
     trainer.train()
-    save_trained(trainer, Path(output) / f"trained_{trainer.args.process_index}.safetensors")
-    if trainer.is_world_process_zero():
-        (Path(output) / "log.json").write_text(json.dumps(trainer.state.log_history))
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
+    if is_deepspeed_available():
+        import deepspeed
+
+        # Gloo alone, so that nothing is compiled: the tests need no C++ compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     main(sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3]))

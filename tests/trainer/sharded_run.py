@@ -20,7 +20,8 @@ accelerate launch --config_file trl_diffusion/accelerate_configs/zero2.yaml --nu
 ```
 
 SIZE is the number of images that all processes together train in a micro-batch, RUNS which runs to make, one after the
-other: "srpo" trains a LoRA, "srpo_full" all weights, "srpo+resumed" goes on from the first checkpoint of "srpo".
+other: "srpo" trains a LoRA, "srpo_full" all weights, "srpo+ema" keeps a moving average, "srpo+resumed" goes on from the
+first checkpoint of "srpo", and "srpo+ema+resumed" from that of "srpo+ema".
 """
 
 import json
@@ -44,6 +45,9 @@ COMMON = {
     "gradient_accumulation_steps": 2,
     "max_steps": 2,
     "lr_scheduler_type": "constant",
+    # Adam's default of 1e-8 is as small as the smallest gradients here: it makes differences in their last bits, which
+    # depend on how a batch is cut, as large as the step.
+    "adam_epsilon": 1e-6,
     "num_eval_images": 3,
     "num_samples_to_log": 2,
     "save_strategy": "no",
@@ -117,17 +121,20 @@ def run(name: str, folder: Path, size: int, resume_from: Path | None = None, **s
 
 def main(folder: Path, size: int, names: list[str]) -> None:
     for name in names:
-        base, _, variant = name.partition("+")
-        if variant == "resumed":
-            run(base, folder / name, size, folder / base / "checkpoint-1", ds3_gather_for_rollout=False)
-        elif variant == "bf16":
-            run(base, folder / name, size, bf16=True)
-        elif variant == "offload":
+        base, *variants = name.split("+")
+        settings, resume_from = {"save_strategy": "steps", "save_steps": 1}, None
+        if "ema" in variants:
+            settings["ema_decay"] = 0.9
+        if "bf16" in variants:
+            settings["bf16"] = True
+        if "offload" in variants:
             # accelerate takes its launcher's configuration or a DeepSpeed file, not both.
             del os.environ["ACCELERATE_CONFIG_DS_FIELDS"]
-            run(base, folder / name, size, deepspeed=OFFLOAD)
-        else:
-            run(base, folder / name, size, save_strategy="steps", save_steps=1)
+            settings["deepspeed"] = OFFLOAD
+        if "resumed" in variants:
+            resume_from = folder / name.removesuffix("+resumed") / "checkpoint-1"
+            settings["ds3_gather_for_rollout"] = False
+        run(base, folder / name, size, resume_from, **settings)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from campaigns import full_disk
 from campaigns.tiny_runs import PROMPTS, Warmth, make_trainer
 from safetensors.torch import load_file
 
+import trl_diffusion
 from trl_diffusion import ChunkGRPOConfig
 from trl_diffusion.trainer import reward_calls
 from trl_diffusion.trainer.checkpoints import (
@@ -49,6 +51,7 @@ from trl_diffusion.trainer.reward_calls import RewardError, call_reward
 
 KINDS = ["chunk_grpo", "srpo"]
 TESTS = Path(__file__).parents[1]
+CONFIGS = Path(trl_diffusion.__file__).parent / "accelerate_configs"
 
 
 class AtStep(Warmth):
@@ -474,10 +477,13 @@ class TestMovingAverage:
             with pytest.raises(ValueError, match=rf"was written {folder} ema_decay, but ema_decay is {decay}"):
                 trainer.train(resume_from_checkpoint=True)
 
-    def test_not_with_sharded_weights(self, tmp_path, monkeypatch):
-        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-        with pytest.raises(ValueError, match="ema_decay=0.9 is not supported with DeepSpeed or FSDP"):
-            ChunkGRPOConfig(output_dir=str(tmp_path), use_cpu=True, ema_decay=0.9)
+    def test_not_with_weights_on_nvme(self, tmp_path):
+        offload = {"device": "nvme", "nvme_path": str(tmp_path)}
+        deepspeed = {"zero_optimization": {"stage": 3, "offload_optimizer": offload}}
+        with pytest.raises(
+            ValueError, match="ema_decay=0.9 cannot be used with an optimizer that is offloaded to NVMe"
+        ):
+            ChunkGRPOConfig(output_dir=str(tmp_path), use_cpu=True, ema_decay=0.9, deepspeed=deepspeed)
 
 
 @pytest.mark.parametrize(
@@ -500,12 +506,13 @@ def test_settings(tmp_path, settings, message):
 
 def environment():
     path = os.pathsep.join(path for path in sys.path if path)
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
-def launch(folder, faults, **settings):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(TESTS / "trainer" / "faulty_run.py"), str(folder), json.dumps(faults), json.dumps(settings)]
+def launch(folder, faults, config="multi_gpu", **settings):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+    command += ["--config_file", str(CONFIGS / f"{config}.yaml"), str(TESTS / "trainer" / "faulty_run.py")]
+    command += [str(folder), json.dumps(faults), json.dumps(settings)]
     return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -517,20 +524,42 @@ def wait_for(path, run, seconds=120):
 
 
 class TestTwoProcesses:
-    def test_all_skip_the_step_and_stop_at_the_reward_of_one(self, tmp_path):
-        """The second process has a NaN in step 2; in step 4 its reward is out of order."""
-        settings = {"save_strategy": "no", "reward_retries": 0}
-        run = launch(tmp_path, {"nan": 1, "raise": 3}, **settings)
-        output, _ = run.communicate(timeout=200)
+    @pytest.mark.parametrize("config", ["multi_gpu", "zero1", "zero2", "zero3", "fsdp2"])
+    def test_all_skip_the_steps_and_stop_at_the_reward_of_one(self, tmp_path, config):
+        """The second process has a NaN in step 2 and an infinite gradient in step 3; in step 5 its reward is out of order."""
+        faults = {"nan": 1, "gradient": 2, "raise": 4}
+        run = launch(tmp_path, faults, config, save_total_limit=None, reward_retries=0)
+        output, _ = run.communicate(timeout=250)
         assert run.returncode != 0
         assert output.count("Optimizer step 2 was not applied: the loss of term 1 of 2 is nan on the prompts ['") == 1
+        assert output.count("Optimizer step 3 was not applied: the gradient is not finite on the prompts ['") == 1
         assert "The reward 'warmth' failed: " in output and "the reward is out of order" in output
         assert output.count("The run stops, because a reward failed") == 1
-        assert last_whole_checkpoint(tmp_path).name == "checkpoint-3"
-        state = json.loads((tmp_path / "checkpoint-3" / "trl_diffusion_state.json").read_text())
-        assert state["skipped_steps"] == 1
-        weights = load_file(tmp_path / "checkpoint-3" / "ema.safetensors")
-        assert all(torch.isfinite(weight).all() for weight in weights.values())
+        assert last_whole_checkpoint(tmp_path).name == "checkpoint-4"
+        state = json.loads((tmp_path / "checkpoint-4" / "trl_diffusion_state.json").read_text())
+        assert state["skipped_steps"] == 2
+        # Neither weights nor their average changed in these steps, and both did in the next.
+        before, after, later = (
+            {path.name: load_file(path) for path in (tmp_path / f"checkpoint-{step}").glob("*.safetensors")}
+            for step in (1, 3, 4)
+        )
+        averages = {"multi_gpu": ["ema.safetensors"]}.get(config, ["ema_0.safetensors", "ema_1.safetensors"])
+        for name in ("adapter_model.safetensors", *averages):
+            assert_equal(before[name], after[name])
+            assert any((weight != later[name][key]).any() for key, weight in after[name].items())
+            assert all(torch.isfinite(weight).all() for weight in later[name].values())
+
+    @pytest.mark.parametrize(
+        ("config", "room", "on_save_error"),
+        [("zero2", 0.95, "continue"), ("zero3", 0.5, "stop"), ("fsdp2", 0.5, "continue")],
+    )
+    def test_full_disk(self, tmp_path, config, room, on_save_error):
+        """The campaign of `make campaigns` in short."""
+        try:
+            checkpoint = full_disk.bytes_of_a_checkpoint(config, tmp_path)
+        except full_disk.CannotMount as error:
+            pytest.skip(f"root alone can mount a file system: {error}")
+        full_disk.check(config, tmp_path, checkpoint, room, on_save_error)
 
     def test_a_process_that_dies_takes_the_other_down(self, tmp_path):
         run = launch(tmp_path, {"slow": 1, "die": 1})

@@ -21,7 +21,8 @@ from typing import Any, ClassVar
 
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
-from transformers.utils import is_torch_bf16_gpu_available, strtobool
+from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils.versions import require_version
 
 from .config_checks import check_types
 from .sharding import set_bucket_sizes
@@ -89,7 +90,7 @@ class DiffusionConfig(TrainingArguments):
         ema_decay (`float`, *optional*):
             Decay of an exponential moving average of the trained weights, in (0, 1), e.g. 0.995; it is what
             evaluations, `generate` and `save_model` use, while rollouts use the weights that are trained. `None` keeps
-            none. Not with DeepSpeed or FSDP.
+            none.
 
         > Parameters that control what happens when something breaks
 
@@ -352,12 +353,7 @@ class DiffusionConfig(TrainingArguments):
         self._check_reliability()
         if self.quantization is not None:
             self._check_choice("quantization", ("nf4", "int8"))
-            sharded = self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage == 3
-            if sharded or self.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP"):
-                raise ValueError(
-                    f"quantization={self.quantization!r} cannot be used with ZeRO-3 or FSDP, which shard the weights. Use "
-                    "multi_gpu, ZeRO-1 or ZeRO-2, or no quantization."
-                )
+        self._check_sharding()
         if self.auto_find_batch_size:
             raise ValueError(
                 "auto_find_batch_size=True is not supported: a smaller batch would break up the groups of a prompt. "
@@ -385,12 +381,31 @@ class DiffusionConfig(TrainingArguments):
                 raise ValueError(
                     f"ema_decay must lie in (0, 1), got {self.ema_decay}. Use None for no moving average."
                 )
-            fsdp = bool(self.fsdp) or strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false"))
-            if self.deepspeed_plugin is not None or fsdp:
+
+    def _check_sharding(self) -> None:
+        fsdp = self.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
+        if fsdp:
+            # Settings of the arguments win over the launcher's, which are in the environment.
+            version = (self.fsdp_plugin_args or {}).get("fsdp_version", os.environ.get("FSDP_VERSION", "1"))
+            if int(version) != 2:
                 raise ValueError(
-                    f"ema_decay={self.ema_decay} is not supported with DeepSpeed or FSDP, where a process does not hold "
-                    "the weights whole. Set ema_decay to None, or train without sharding."
+                    f"fsdp_version is {version}, and the trainers support FSDP2 alone. Set fsdp_version: 2 in accelerate's "
+                    "configuration, or use the package's fsdp2.yaml."
                 )
+        if self.deepspeed_plugin is not None:
+            require_version("deepspeed>=0.19.8", "Older releases apply steps whose gradient is not finite.")
+            offload = self.deepspeed_plugin.deepspeed_config["zero_optimization"].get("offload_optimizer") or {}
+            if self.ema_decay is not None and offload.get("device") == "nvme":
+                raise ValueError(
+                    f"ema_decay={self.ema_decay} cannot be used with an optimizer that is offloaded to NVMe, where the "
+                    "weights are not in memory after a step. Offload it to the CPU, or set ema_decay to None."
+                )
+        zero_3 = self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage == 3
+        if self.quantization is not None and (zero_3 or fsdp):
+            raise ValueError(
+                f"quantization={self.quantization!r} cannot be used with ZeRO-3 or FSDP, which shard the weights. Use "
+                "multi_gpu, ZeRO-1 or ZeRO-2, or no quantization."
+            )
 
     def without_secrets(self) -> "DiffusionConfig":
         """A copy without tokens, to be written to disk."""

@@ -509,7 +509,7 @@ class DiffusionTrainer(PublishingMixin, ReliableTrainer):
                     loss = term()
                     self._check_loss(loss, prompts, index, len(terms))
                     if exchange:
-                        self._stop_before_deepspeed_steps()
+                        loss = self._spoil_bad_step(loss)
                     self.accelerator.backward(loss / self.current_gradient_accumulation_steps, **kwargs)
                 total += loss.detach()
             state._set_sync_gradients(synchronize)

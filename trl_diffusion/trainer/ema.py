@@ -19,71 +19,95 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
 
-
-# Both the trained weights and their average: the other files of a checkpoint hold the average alone.
-EMA_NAME = "ema.safetensors"
+from .sharding import HeldWeights
 
 
 class WeightAverage:
     """
-    Exponential moving average of weights, ema <- d ema + (1 - d) weights after each optimizer step, by diffusers'
-    [`~diffusers.training_utils.EMAModel`]: at step n = 0, 1, ... the decay d is min(decay, (1 + n) / (10 + n)), and 0
-    at the first, so that the start is soon forgotten.
+    Exponential moving average of weights, ema <- d ema + (1 - d) weights after each optimizer step. At step
+    n = 0, 1, ... the decay d is min(decay, (1 + n) / (10 + n)), and 0 at the first, so that the start is soon forgotten:
+    that of diffusers' [`~diffusers.training_utils.EMAModel`], which takes whole parameters, while here each process may
+    keep the average of its part.
 
     Args:
-        parameters (`dict[str, nn.Parameter]`): the trained weights by name; they keep their place in memory.
+        weights ([`HeldWeights`]): the trained weights, as far as this process holds them.
         decay (`float`): of the average, in (0, 1).
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], decay: float):
-        self.parameters = parameters
-        self._ema = EMAModel(parameters.values(), decay=decay, foreach=True)
+    def __init__(self, weights: HeldWeights, decay: float):
+        self.weights = weights
+        self.decay = decay
+        self.averages = {name: weight.detach().clone() for name, weight in weights.tensors().items()}
+        self._steps = 0
         self._applied = False
 
     def step(self) -> None:
         """Take the weights into the average; after each optimizer step."""
-        self._ema.step(self.parameters.values())
+        decay = min(self.decay, (1 + self._steps) / (10 + self._steps)) if self._steps else 0.0
+        weights = [weight.detach() for weight in self.weights.tensors().values()]
+        torch._foreach_lerp_(list(self.averages.values()), weights, 1 - decay)
+        self._steps += 1
 
     def reset(self) -> None:
         """Make the weights as they are the average."""
-        self._ema.shadow_params = [parameter.detach().clone() for parameter in self.parameters.values()]
+        self._copy(self.averages, self.weights.tensors())
+
+    def make_permanent(self) -> None:
+        """Make the average the weights. To be called on every process."""
+        self._copy(self.weights.tensors(), self.averages)
+        self.weights.changed()
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Within this context, which may be nested, the weights are the average; afterwards they are as they were."""
+        """
+        Within this context, which may be nested, the weights are the average; afterwards they are as they were. To be
+        entered on every process.
+        """
         if self._applied:
             yield
             return
-        self._ema.store(self.parameters.values())
-        self._ema.copy_to(self.parameters.values())
+        self._swap()
         self._applied = True
         try:
             yield
         finally:
-            self._ema.restore(self.parameters.values())
+            self._swap()
             self._applied = False
 
-    def save(self, path: Path) -> None:
-        """Write weights and average; to be called outside of [`applied`]."""
-        averages = dict(zip(self.parameters, self._ema.shadow_params, strict=True))
-        tensors = {f"trained.{name}": parameter.detach() for name, parameter in self.parameters.items()}
-        tensors |= {f"average.{name}": average for name, average in averages.items()}
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, path, metadata={"optimization_step": str(self._ema.optimization_step)})
-
     @torch.no_grad()
+    def _swap(self) -> None:
+        # One by one, so that memory holds one tensor more and not all of them.
+        for name, weight in self.weights.tensors().items():
+            before = weight.clone()
+            weight.copy_(self.averages[name])
+            self.averages[name].copy_(before)
+        self.weights.changed()
+
+    @staticmethod
+    @torch.no_grad()
+    def _copy(to: dict[str, torch.Tensor], source: dict[str, torch.Tensor]) -> None:
+        for name, tensor in to.items():
+            tensor.copy_(source[name])
+
+    def save(self, path: Path) -> None:
+        """
+        Write the average, and the weights where no other file of the checkpoint has them; to be called outside of
+        [`applied`].
+        """
+        tensors = {f"average.{name}": average for name, average in self.averages.items()}
+        if not self.weights.sharded:
+            tensors |= {f"trained.{name}": weight.detach() for name, weight in self.weights.tensors().items()}
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, path, metadata={"steps": str(self._steps)})
+
     def load(self, path: Path) -> None:
-        """Restore what [`save`] wrote, weights and average."""
+        """Restore what [`save`] wrote."""
         with safe_open(path, framework="pt") as file:
-            for name, parameter in self.parameters.items():
-                parameter.copy_(file.get_tensor(f"trained.{name}"))
-            averages = [
-                file.get_tensor(f"average.{name}").to(parameter.device) for name, parameter in self.parameters.items()
-            ]
-            step = int(file.metadata()["optimization_step"])
-        self._ema.load_state_dict({"shadow_params": averages, "optimization_step": step})
+            self._copy(self.averages, {name: file.get_tensor(f"average.{name}") for name in self.averages})
+            if not self.weights.sharded:
+                weights = self.weights.tensors()
+                self._copy(weights, {name: file.get_tensor(f"trained.{name}") for name in weights})
+            self._steps = int(file.metadata()["steps"])

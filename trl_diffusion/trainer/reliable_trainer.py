@@ -23,16 +23,16 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object, save_fsdp_model, save_fsdp_optimizer
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -46,14 +46,21 @@ from .checkpoints import (
     why_incomplete,
     write_manifest,
 )
-from .ema import EMA_NAME, WeightAverage
+from .ema import WeightAverage
 from .reward_calls import RewardError, call_reward, shown
+from .sharding import held_weights
+
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 
 logger = logging.get_logger(__name__)
 
 # The exit status of a process that SIGTERM ends.
 SIGTERM_STATUS = 128 + signal.SIGTERM
+# Holds room on the disk for a small file that must not fail, whatever becomes of the others.
+RESERVE_NAME, RESERVE_BYTES = "reserve", 2**16
 
 T = TypeVar("T")
 
@@ -97,12 +104,23 @@ class ReliableTrainer(Trainer):
         self._bad_steps_in_a_row = 0
         self._skipped_steps = 0
         self._last_skip = ""
-        self.weight_average: WeightAverage | None = None
+        self.weight_average: WeightAverage | None = None  # of the weights as a run has prepared them
         super().__init__(*args, **kwargs)
-        if self.args.ema_decay is not None:
-            trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-            self.weight_average = WeightAverage(trained, self.args.ema_decay)
         self.add_callback(StepCallback(self))
+
+    @property
+    def deepspeed(self) -> "DeepSpeedEngine | None":
+        """The engine that trains, once it is made."""
+        return self._deepspeed
+
+    @deepspeed.setter
+    def deepspeed(self, engine: "DeepSpeedEngine | None") -> None:
+        # Between making the engine and loading a checkpoint with it, the Trainer sets this and calls nothing else.
+        if engine is not None:
+            from .deepspeed_checkpoints import make_checkpoints_safe
+
+            make_checkpoints_safe(engine, self._save_errors_noted, self._release_reserve)
+        self._deepspeed = engine
 
     # ---- What a subclass defines ----
 
@@ -152,6 +170,7 @@ class ReliableTrainer(Trainer):
         self._micro_step = self._bad_steps_in_a_row = self._skipped_steps = 0
         self._saved_step = None
         self._bad_losses, self._step_prompts = [], []
+        self.weight_average = None
         try:
             with self._sigterm_handled():
                 return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -159,6 +178,8 @@ class ReliableTrainer(Trainer):
             self.is_in_train = False  # `Trainer` leaves it set where a run ends early
 
     def _begin_run(self) -> None:
+        if self.args.ema_decay is not None and self.weight_average is None:
+            self.weight_average = self._make_average()
         self._first_step = self.state.global_step
         self._remember_step()
 
@@ -252,23 +273,22 @@ class ReliableTrainer(Trainer):
                 f"the loss of term {index + 1} of {count} is {loss.item()} on the prompts {shown(prompts)}"
             )
 
-    def _stop_before_deepspeed_steps(self) -> None:
-        # DeepSpeed takes the step inside of the last backward pass, so it cannot be left out afterwards.
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED and self._any_process(
-            bool(self._bad_losses)
-        ):
-            reports = gather_object(self._bad_losses)
-            raise FloatingPointError(
-                f"At optimizer step {self.state.global_step + 1} {'; '.join(reports)}. The step was not applied, and "
-                "DeepSpeed cannot leave out a step, so the run stops. Lower learning_rate or max_grad_norm, or check "
-                f"the rewards. {self._save_last_step()}"
-            )
+    def _spoil_bad_step(self, loss: torch.Tensor) -> torch.Tensor:
+        """
+        The last loss of a step, as it is to be backpropagated. DeepSpeed takes the step within that backward pass, so it
+        cannot be left out afterwards, but leaves it out itself where the gradient is not finite on any process.
+        """
+        if self.deepspeed is not None and self._bad_losses:
+            return loss * torch.nan
+        return loss
 
     def _skip_bad_step(self) -> None:
         """Before an optimizer step: take the gradients away where one of them, or a loss, is not finite."""
         bad = bool(self._bad_losses)
-        if self.accelerator.scaler is None:
-            # With float16 the scaler leaves out steps that overflow, and such steps are usual.
+        # With float16 the scaler leaves out steps that overflow, and such steps are usual.
+        if self.deepspeed is not None:
+            bad = bad or not (self.deepspeed.fp16_enabled() or self.deepspeed.was_step_applied())
+        elif self.accelerator.scaler is None:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             gradients = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
             bad = bad or not _all_finite(gradients)
@@ -318,6 +338,14 @@ class ReliableTrainer(Trainer):
 
     # ---- Moving average ----
 
+    def _make_average(self) -> WeightAverage:
+        return WeightAverage(held_weights(self.model, self.deepspeed), self.args.ema_decay)
+
+    def _average_file(self, checkpoint: str | Path) -> Path:
+        """Where a checkpoint has the average; where weights are sharded, each process has a file."""
+        index = f"_{self.args.process_index}" if self.is_deepspeed_enabled or self.is_fsdp_enabled else ""
+        return Path(checkpoint) / f"ema{index}.safetensors"
+
     def _after_optimizer_step(self) -> None:
         if self.weight_average is not None and self._bad_steps_in_a_row == 0:
             self.weight_average.step()
@@ -335,8 +363,16 @@ class ReliableTrainer(Trainer):
         self._restart_average()
 
     def _restart_average(self) -> None:
-        if self.weight_average is not None:
-            self.weight_average.reset()
+        """After the best model was loaded, whose evaluation was that of its average: let it be the weights."""
+        average = self.weight_average
+        if average is None:
+            return
+        if average.weights.sharded:
+            # DeepSpeed and FSDP have loaded the weights that were trained; elsewhere the average was loaded.
+            average.load(self._average_file(self.state.best_model_checkpoint))
+            average.make_permanent()
+        else:
+            average.reset()
 
     # ---- Checkpoints ----
 
@@ -351,7 +387,8 @@ class ReliableTrainer(Trainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             if self._staging is None:
                 raise
-            self._save_error = self._save_error or error
+            # Its traceback would keep what was to be written in memory.
+            self._save_error = self._save_error or error.with_traceback(None)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # transformers writes file by file, so a process killed meanwhile would leave a broken newest checkpoint.
@@ -366,10 +403,11 @@ class ReliableTrainer(Trainer):
             if args.should_save:
                 with self._save_errors_noted():
                     self._begin_checkpoint(staging / name)
-            self.accelerator.wait_for_everyone()
-            with self._save_errors_noted():
-                super()._save_checkpoint(model, trial)
             failed = self._any_process(self._save_error is not None)
+            if not failed:
+                with self._save_errors_noted():
+                    super()._save_checkpoint(model, trial)
+                failed = self._any_process(self._save_error is not None)
             if args.should_save and not failed:
                 with self._save_errors_noted():
                     best = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
@@ -402,14 +440,19 @@ class ReliableTrainer(Trainer):
         folder.mkdir(parents=True)
         if not self.args.save_only_model:
             (folder / STATE_NAME).write_text(json.dumps(self._extra_state(), indent=2), encoding="utf-8")
-            if self.weight_average is not None:
-                self.weight_average.save(folder / EMA_NAME)
+        if self.deepspeed is not None:
+            (folder.parent / RESERVE_NAME).write_bytes(bytes(RESERVE_BYTES))
+
+    def _release_reserve(self) -> None:
+        if self.args.should_save and self._staging is not None:
+            (self._staging / RESERVE_NAME).unlink(missing_ok=True)
 
     def _report_save_error(self, run_folder: Path, name: str, free: int) -> None:
         last = last_whole_checkpoint(run_folder)
+        reasons = gather_object([] if self._save_error is None else [str(self._save_error)])
         message = (
             f"The checkpoint {name} could not be written to {str(run_folder)!r}, which had {free / 2**20:.1f} MiB free: "
-            f"{self._save_error or 'another process says why'}. "
+            f"{reasons[0]}. "
             + ("There is no whole checkpoint yet." if last is None else f"The last whole checkpoint is {last.name}.")
         )
         if self.args.on_save_error == "continue":
@@ -422,8 +465,22 @@ class ReliableTrainer(Trainer):
         ) from self._save_error
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._any_process(self._save_error is not None):
+            return
+        if not self.is_fsdp_enabled:
+            with self._save_errors_noted():
+                super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # As the Trainer does, but the optimizer's states are gathered from all processes whether or not one of them could
+        # write the weights.
+        plugin = self.accelerator.state.fsdp_plugin
         with self._save_errors_noted():
-            super()._save_optimizer_and_scheduler(output_dir)
+            save_fsdp_model(plugin, self.accelerator, self.model, output_dir, adapter_only=True)
+        with self._save_errors_noted():
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            with self._save_errors_noted():
+                torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _save_scaler(self, output_dir: str) -> None:
         with self._save_errors_noted():
@@ -431,24 +488,27 @@ class ReliableTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         # Called on every process, once the folder of the checkpoint exists.
+        average = self.weight_average
         with self._save_errors_noted():
             super()._save_rng_state(output_dir)
+            if average is not None and (average.weights.sharded or self.args.should_save):
+                average.save(self._average_file(output_dir))
             self._save_process_state(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            has_average = os.path.exists(os.path.join(checkpoint, EMA_NAME))
-            if has_average != (self.weight_average is not None):
-                raise ValueError(
-                    f"The checkpoint {checkpoint} was written {'with' if has_average else 'without'} ema_decay, but "
-                    f"ema_decay is {self.args.ema_decay}. Resume with the setting that it was written with."
-                )
+        wants_average = self.args.ema_decay is not None
+        if checkpoint is not None and self._average_file(checkpoint).exists() != wants_average:
+            raise ValueError(
+                f"The checkpoint {checkpoint} was written {'without' if wants_average else 'with'} ema_decay, but "
+                f"ema_decay is {self.args.ema_decay}. Resume with the setting that it was written with."
+            )
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._load_extra_state(json.loads((Path(checkpoint) / STATE_NAME).read_text(encoding="utf-8")))
             self._load_process_state(checkpoint)
-            if self.weight_average is not None:
-                self.weight_average.load(Path(checkpoint) / EMA_NAME)
+            if wants_average:
+                self.weight_average = self._make_average()
+                self.weight_average.load(self._average_file(checkpoint))
 
 
 def _all_finite(gradients: list[torch.Tensor]) -> torch.Tensor:

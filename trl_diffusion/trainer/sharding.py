@@ -16,13 +16,14 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin, TorchDynamoPlugin
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 
 if TYPE_CHECKING:
@@ -117,3 +118,63 @@ def gathered(engine: "DeepSpeedEngine") -> Iterator[nn.Module]:
             if not coordinator.is_invalid_trace():
                 coordinator._invalidate_trace()
             offload._register_deepspeed_module(offload.module)
+
+
+@dataclasses.dataclass
+class HeldWeights:
+    """
+    The trained weights as far as this process holds them, in the precision in which the optimizer changes them.
+
+    Attributes:
+        tensors (`Callable`): gives them by name; they share the memory of the weights.
+        changed (`Callable`): to be called on every process after a change of them, for the forwards to see it.
+        sharded (`bool`): whether each process holds another part of the weights.
+    """
+
+    tensors: Callable[[], dict[str, torch.Tensor]]
+    changed: Callable[[], None]
+    sharded: bool
+
+
+def held_weights(network: nn.Module, engine: "DeepSpeedEngine | None") -> HeldWeights:
+    """
+    Args:
+        network (`nn.Module`): that is trained, prepared for it.
+        engine (`DeepSpeedEngine`, *optional*): that trains it.
+    """
+    if engine is not None:
+        # The flat partitions of this process in float32; those of the network's parameters have its dtype.
+        stage_3 = engine.zero_optimization_partition_weights()
+        optimizer = engine.optimizer
+        partitions = optimizer.fp32_partitioned_groups_flat if stage_3 else optimizer.single_partition_of_fp32_groups
+        return HeldWeights(
+            lambda: {f"partition_{index}": partition for index, partition in enumerate(partitions)},
+            lambda: _renew_stage_3(engine) if stage_3 else optimizer.update_lp_params(),
+            sharded=True,
+        )
+    trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    if isinstance(network, FSDPModule):
+        return HeldWeights(
+            lambda: {name: weight.detach().to_local() for name, weight in trained.items()},
+            lambda: _reshard(network),
+            sharded=True,
+        )
+    return HeldWeights(lambda: trained, lambda: None, sharded=False)
+
+
+def _reshard(network: nn.Module) -> None:
+    """Let FSDP2 gather the weights anew; those that are still gathered would be used once more as they are."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _renew_stage_3(engine: "DeepSpeedEngine") -> None:
+    """Bring the float32 partitions into the parameters, as the end of a step of ZeRO-3 does."""
+    optimizer = engine.optimizer
+    optimizer._partition_all_parameters()
+    for group in range(len(optimizer.fp16_groups)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    if optimizer.persistent_parameters:
+        # Small parameters stay gathered on every process.
+        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
