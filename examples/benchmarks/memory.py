@@ -18,24 +18,42 @@ networks of several sizes and compared with the formula of docs/memory.md, which
 
 ```bash
 python examples/benchmarks/memory.py              # measure on the CPU, some minutes
+python examples/benchmarks/memory.py --sharded    # two processes on the CPU under DDP, ZeRO and FSDP2, ten minutes
 python examples/benchmarks/memory.py --paper      # only apply the formula to FLUX.1-dev
 ```
 
 Measured is one forward, backward and optimizer step, every tensor counted from its allocation to its release, so the
-numbers are those of the tensors themselves, without what an allocator rounds up or keeps.
+numbers are those of the tensors themselves, without what an allocator rounds up or keeps. With `--sharded` the real
+trainer runs, and what a process holds is counted twice: by the tensors of network and optimizer, and by the C library's
+allocator (glibc's, hence Linux), which also knows what no Python object shows.
 """
 
 import argparse
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from accelerate.utils import is_deepspeed_available
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig, get_peft_model
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import TrainerCallback
 
+import trl_diffusion
+from trl_diffusion import ChunkGRPOConfig, ChunkGRPOTrainer, shapes
 from trl_diffusion.models import FluxFlowModel
+from trl_diffusion.trainer.sharding import BUCKET_SIZES
 
 
 @dataclass(frozen=True)
@@ -132,14 +150,18 @@ def bytes_of(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def measure(size: Size, rank: int | None, images: int, dtype: torch.dtype, checkpointing: bool) -> dict[str, int]:
-    """Bytes of one update of a random network; `rank=None` trains all weights."""
+def random_network(size: Size, channels: int = 64) -> FluxTransformer2DModel:
     torch.manual_seed(0)
-    network = FluxTransformer2DModel(
-        in_channels=64, num_layers=size.double, num_single_layers=size.single, attention_head_dim=size.head_dim,
+    return FluxTransformer2DModel(
+        in_channels=channels, num_layers=size.double, num_single_layers=size.single, attention_head_dim=size.head_dim,
         num_attention_heads=size.heads, joint_attention_dim=size.text_dim, pooled_projection_dim=size.pooled,
         guidance_embeds=True, axes_dims_rope=(size.head_dim // 4, size.head_dim * 3 // 8, size.head_dim * 3 // 8),
-    ).to(dtype)  # fmt: skip
+    )  # fmt: skip
+
+
+def measure(size: Size, rank: int | None, images: int, dtype: torch.dtype, checkpointing: bool) -> dict[str, int]:
+    """Bytes of one update of a random network; `rank=None` trains all weights."""
+    network = random_network(size).to(dtype)
     if checkpointing:
         network.enable_gradient_checkpointing()
     if rank is not None:
@@ -213,6 +235,235 @@ def print_measurements(rank: int) -> None:
         print(f"{size.name:8} without checkpointing, 2 images: {without:,} bytes, {per_block:.1f} m N D a block\n")
 
 
+# ---- Sharded over processes ----
+
+CONFIGS = ["multi_gpu", "zero1", "zero2", "zero3", "fsdp2"]
+CONFIG_FILES = Path(trl_diffusion.__file__).parent / "accelerate_configs"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Numbers of weights: frozen and trained ones, and those that ZeRO-3 leaves whole on every process."""
+
+    frozen: int
+    trained: int
+    persistent: int
+
+
+def sharded_formula(config: str, weights: Weights, dtype: torch.dtype, processes: int) -> dict[str, float]:
+    """Bytes of one process; "step" and "terms" are the sums right before a step, and between two terms of the loss."""
+    frozen, trained, width = weights.frozen, weights.trained, dtype.itemsize
+    bucket = BUCKET_SIZES["reduce_bucket_size"] * width
+    if config == "multi_gpu":
+        # Autocast leaves the trained weights in float32; DDP's buckets are a second copy of the gradients.
+        parameters, gradients, optimizer = width * frozen + 4 * trained, 4 * trained, 8 * trained
+        step = terms = parameters + gradients + optimizer + 4 * trained
+    elif config == "fsdp2":
+        # Cast to `dtype` layer by layer. Gradients are exchanged with the last term, and whole until then.
+        parameters = (width * frozen + 4 * trained) / processes
+        gradients, optimizer = 4 * trained / processes, 8 * trained / processes
+        step = parameters + gradients + optimizer
+        terms = parameters + 4 * trained + optimizer
+    else:
+        # DeepSpeed has all weights in `dtype`, and a float32 copy of the trained ones with the optimizer, also where
+        # `dtype` is float32. A bucket lives during a backward pass in stages 1 and 2, always in stage 3.
+        parameters = width * (frozen + trained)
+        gradients, optimizer = width * trained / processes, 12 * trained / processes
+        if config == "zero3":
+            parameters = parameters / processes + width * weights.persistent
+        step = terms = parameters + gradients + optimizer + (bucket if config == "zero3" else 0)
+        if config == "zero1":
+            terms = parameters + width * trained + optimizer + bucket
+    return {"parameters": parameters, "gradients": gradients, "optimizer": optimizer, "step": step, "terms": terms}
+
+
+class MallocInfo(ctypes.Structure):
+    """`struct mallinfo2` of glibc."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+def allocated() -> int:
+    """Bytes of the process in blocks that were mapped one by one: with `launch_sharded`'s threshold, its tensors."""
+    gc.collect()
+    glibc = ctypes.CDLL("libc.so.6")
+    glibc.mallinfo2.restype = MallocInfo
+    return glibc.mallinfo2().hblkhd
+
+
+def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Bytes of the memory behind tensors, by address: of views once, of distributed ones the part of this process."""
+    locals_ = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    found = [tensor.untyped_storage() for tensor in locals_]
+    return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes() > 0}
+
+
+def bytes_by_group(trainer: ChunkGRPOTrainer) -> dict[str, int]:
+    parameters = list(trainer.model.parameters())
+    gradients = [parameter.grad for parameter in parameters]
+    masters = []
+    if trainer.deepspeed is None:
+        optimizer = trainer.optimizer.optimizer
+    else:
+        zero = trainer.deepspeed.optimizer
+        optimizer = zero.optimizer
+        if trainer.deepspeed.zero_optimization_stage() == 3:
+            parameters += [parameter.ds_tensor for parameter in parameters]
+            gradients.append(zero.grad_partitions_flat_buffer)
+            masters = zero.fp32_partitioned_groups_flat
+        else:
+            gradients += tree_leaves(list(zero.averaged_gradients.values()))
+            masters = zero.single_partition_of_fp32_groups
+    groups = {
+        "parameters": parameters,
+        "gradients": [gradient for gradient in gradients if gradient is not None],
+        "optimizer": [*masters, *(v for v in tree_leaves(list(optimizer.state.values())) if torch.is_tensor(v))],
+    }
+    seen, found = set(), {}
+    for name, tensors in groups.items():
+        new = {address: size for address, size in storages(tensors).items() if address not in seen}
+        found[name] = sum(new.values())
+        seen |= new.keys()
+    return found
+
+
+class MeasuredTrainer(ChunkGRPOTrainer):
+    """Counts, in the second optimizer step, when all states are there."""
+
+    def train(self, *args, **kwargs):
+        self.found = {}
+        # What is there by now beside the network stays; the network becomes what the configuration makes of it.
+        self.others = allocated() - bytes_of(self.model.parameters())
+        return super().train(*args, **kwargs)
+
+    def loss_terms(self, model, inputs):
+        first, *others = super().loss_terms(model, inputs)
+
+        def second():
+            if self.state.global_step == 1:
+                self.found["terms"] = allocated() - self.others
+            return others[0]()
+
+        return [first, second, *others[1:]]
+
+    def count_before_step(self):
+        if self.state.global_step == 1:
+            self.found |= {**bytes_by_group(self), "step": allocated() - self.others}
+
+
+class BeforeStep(TrainerCallback):
+    def __init__(self, trainer: MeasuredTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.trainer.deepspeed is not None:
+            # DeepSpeed takes the step at the end of the last backward pass.
+            step = self.trainer.deepspeed.step
+
+            def counted(*args, **kwargs):
+                self.trainer.count_before_step()
+                return step(*args, **kwargs)
+
+            self.trainer.deepspeed.step = counted
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self.trainer.deepspeed is None:
+            self.trainer.count_before_step()
+
+
+def measure_process(folder: Path, config: str, size: Size, rank: int | None, dtype: torch.dtype) -> None:
+    """Train as one of several processes, on the built-in model with a random network in its transformer's place."""
+    if is_deepspeed_available():
+        import deepspeed
+
+        # Gloo alone, so that nothing is compiled.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Before the configuration: from then on transformers would load text encoders in the shards of ZeRO-3.
+    pipeline = shapes.load_pipeline()
+    pipeline.transformer = random_network(size, pipeline.transformer.config.in_channels)
+    if rank is not None:
+        pipeline.transformer.to(dtype)  # as the trainer loads a frozen network
+    args = ChunkGRPOConfig(
+        output_dir=str(folder), height=32, width=32, num_inference_steps=3, chunk_sizes=[1, 1], chunk_fraction=1.0,
+        num_generations=2, per_device_train_batch_size=2, max_steps=2, learning_rate=1e-5,
+        bf16=dtype == torch.bfloat16, use_cpu=True, save_strategy="no", log_samples=False, report_to="none",
+        disable_tqdm=True, cache_prompt_embeds=False,
+    )  # fmt: skip
+    trainer = MeasuredTrainer(
+        pipeline,
+        "shapes-clip",
+        args,
+        shapes.load_dataset("train").select(range(4)),
+        peft_config=False if rank is None else LoraConfig(r=rank, target_modules=FluxFlowModel.lora_target_modules),
+    )
+    trainer.add_callback(BeforeStep(trainer))
+    parameters = list(trainer.model.parameters())
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    threshold = BUCKET_SIZES["stage3_param_persistence_threshold"]
+    weights = Weights(
+        frozen=sum(parameter.numel() for parameter in parameters) - trained,
+        trained=trained,
+        persistent=sum(parameter.numel() for parameter in parameters if parameter.numel() <= threshold),
+    )
+    del parameters
+    trainer.train()
+    expected = sharded_formula(config, weights, dtype, args.world_size)
+    (folder / f"{args.process_index}.json").write_text(json.dumps([trainer.found, expected]))
+
+
+def measure_sharded(
+    config: str, size: Size, rank: int | None, dtype: torch.dtype, processes: int = 2
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Measured, on the process that holds most, and expected bytes of a configuration of the package."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "MALLOC_MMAP_THRESHOLD_": "16384",
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",  # kernels, which it would count as well
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = [folder, config, size.name, "0" if rank is None else str(rank), str(dtype)[6:]]
+        finished = subprocess.run(
+            [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG_FILES / f"{config}.yaml"),
+             "--num_processes", str(processes), "--main_process_port", "0", __file__, "--process", *arguments],
+            env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        if finished.returncode != 0:
+            raise RuntimeError(finished.stderr[-5000:])
+        results = [json.loads((Path(folder) / f"{index}.json").read_text()) for index in range(processes)]
+    found = {name: max(found[name] for found, _ in results) for name in results[0][0]}
+    return found, results[0][1]
+
+
+def print_sharded(rank: int, processes: int = 2) -> None:
+    """The three groups with their ratio to the formula; the sums with what they hold beyond it."""
+    print(f"{processes} processes, MB of the one that holds most")
+    print(
+        f"{'':9} {'trained':7} {'dtype':8} {'parameters':>12} {'gradients':>12} {'optimizer':>13} {'at the step':>14} "
+        f"{'between terms':>15}"
+    )
+    small = next(size for size in SIZES if size.name == "small")
+    for lora in (None, rank):
+        for dtype in (torch.float32, torch.bfloat16):
+            for config in CONFIGS:
+                found, expected = measure_sharded(config, small, lora, dtype, processes)
+                groups = [
+                    f"{found[name] / 1e6:{width}.1f} {found[name] / expected[name]:.3f}"
+                    for name, width in (("parameters", 6), ("gradients", 6), ("optimizer", 7))
+                ]
+                sums = [
+                    f"{found[name] / 1e6:{width}.1f} {(found[name] - expected[name]) / 1e6:+6.1f}"
+                    for name, width in (("step", 7), ("terms", 8))
+                ]
+                trained = "all" if lora is None else f"r={lora}"
+                print(f"{config:9} {trained:7} {str(dtype)[6:]:8}", *groups, *sums, flush=True)
+
+
 def print_paper(rank: int) -> None:
     """FLUX.1-dev at 1024 x 1024, bf16, in GiB for each card."""
     gib = 2**30
@@ -224,22 +475,33 @@ def print_paper(rank: int) -> None:
     print(f"LoRA's parameters, gradients and optimizer: {sum(states.values()) / gib:.2f} GiB")
     for name, bytes_per_weight in (("bf16", 2), ("int8", 1), ("nf4", 0.516)):
         print(f"frozen base in {name}: {base * bytes_per_weight / gib:.1f} GiB")
-    # bf16 weights and gradients; float32 master weights and two moments.
-    for cards in (1, 8, 32):
-        weights, gradients, optimizer = base * 2 / gib, base * 2 / gib, base * 12 / gib
-        print(
-            f"all weights on {cards} cards, GiB a card: ZeRO-1 {weights + gradients + optimizer / cards:.1f}, "
-            f"ZeRO-2 {weights + (gradients + optimizer) / cards:.1f}, "
-            f"ZeRO-3 {(weights + gradients + optimizer) / cards:.1f}"
-        )
+    # The weights that ZeRO-3 leaves whole are biases and norms, 6 MB.
+    weights = Weights(frozen=0, trained=base, persistent=0)
+    for cards in (8, 32):
+        for config in CONFIGS:
+            expected = sharded_formula(config, weights, torch.bfloat16, cards)
+            print(
+                f"all weights on {cards} cards, {config}: {expected['step'] / gib:.1f} GiB a card at the step, "
+                f"{expected['terms'] / gib:.1f} between terms"
+            )
+    print(f"all weights on one card: {base * 16 / gib:.0f} GiB, of which {base * 12 / gib:.0f} are the optimizer's")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, default=32, help="rank of the LoRA")
     parser.add_argument("--paper", action="store_true", help="only apply the formula to FLUX.1-dev")
+    parser.add_argument("--sharded", action="store_true", help="measure two processes that share the work")
+    parser.add_argument("--process", nargs=5, help=argparse.SUPPRESS)  # what `measure_sharded` launches
     arguments = parser.parse_args()
-    if not arguments.paper:
+    if arguments.process is not None:
+        folder, config, name, rank, dtype = arguments.process
+        size = next(size for size in SIZES if size.name == name)
+        measure_process(Path(folder), config, size, int(rank) or None, getattr(torch, dtype))
+        return
+    if arguments.sharded:
+        print_sharded(arguments.rank)
+    elif not arguments.paper:
         print_measurements(arguments.rank)
     print_paper(arguments.rank)
 

@@ -12,11 +12,17 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Quantised frozen weights, and frozen modules that are moved to the accelerator for their phase only."""
+"""
+Quantised frozen weights, AdamW with 8-bit states, and frozen modules that are moved to the accelerator for their phase
+only.
+"""
+
+import contextlib
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny_models import tiny_flux_pipeline
 
@@ -88,6 +94,81 @@ def test_impossible_quantisation_is_refused(make_trainer, saved_pipeline, settin
     model = tiny_flux_pipeline() if settings == {"quantization": "int8"} else saved_pipeline
     with pytest.raises(ValueError, match=message):
         make_trainer(model=model, **settings)
+
+
+# ---- AdamW with 8-bit states ----
+
+
+def wide_flux_pipeline():
+    """A pipeline whose weights, and a LoRA's of rank 32 on them, have the 4096 values from which states are quantised."""
+    pipeline = tiny_flux_pipeline(seed=0)
+    wider = {"attention_head_dim": 32, "num_attention_heads": 4, "axes_dims_rope": (8, 12, 12)}
+    pipeline.transformer = FluxTransformer2DModel.from_config({**pipeline.transformer.config, **wider})
+    return pipeline
+
+
+def bytes_of_states(optimizer):
+    """Of an optimizer's moments, with their scales and tables; torchao's are tensors made of tensors."""
+    total = 0
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if name != "step" and isinstance(value, torch.Tensor):
+                inner = value.__tensor_flatten__()[0] if hasattr(value, "__tensor_flatten__") else []
+                total += sum(getattr(value, part).nbytes for part in inner) or value.nbytes
+    return total
+
+
+def expected_bytes(count):
+    """Two moments: a byte a value, a float32 scale for each block of 256 and a table of 256 float32; small ones whole."""
+    return 2 * (count + 4 * count // 256 + 4 * 256) if count >= 4096 else 8 * count
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("optim", ["adamw_torch_8bit", "adamw_bnb_8bit"])
+def test_adamw_with_8_bit_states(make_trainer, tmp_path, optim, lora):
+    eager = contextlib.nullcontext()
+    if optim == "adamw_bnb_8bit":
+        pytest.importorskip("bitsandbytes", reason="needs the extra 'quantization': 125 MB")
+    else:
+        # torchao compiles its update for each shape of a weight: the same update, a minute later.
+        eager = torch.compiler.set_stance("force_eager")
+
+    def run(name, optim, **settings):
+        torch.manual_seed(0)
+        trainer = make_trainer(
+            model=wide_flux_pipeline(),
+            peft_config=LoraConfig(r=32, lora_alpha=64, target_modules=["to_q", "to_v"]) if lora else False,
+            output_dir=str(tmp_path / name), optim=optim, learning_rate=1e-3, save_strategy="steps", save_steps=1,
+            num_inference_steps=3, chunk_sizes=[1, 1],
+        )  # fmt: skip
+        before = flat(trainer)
+        trainer.train(**settings)
+        return trainer, flat(trainer), before
+
+    def flat(trainer):
+        return torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
+
+    _, exact, before = run("exact", "adamw_torch")
+    with eager:
+        trainer, found, _ = run("8bit", optim)
+        resume_from = str(tmp_path / "8bit" / "checkpoint-1")
+        _, resumed, _ = run("resumed", optim, resume_from_checkpoint=resume_from)
+
+    counts = [p.numel() for p in trainer.model.parameters() if p.requires_grad]
+    bytes_of_state = bytes_of_states(trainer.optimizer.optimizer)
+    assert bytes_of_state == sum(map(expected_bytes, counts))
+    # The tables and small tensors that keep these above two bytes do not grow with the network.
+    assert bytes_of_state < 2.6 * sum(counts)
+    saved = [(tmp_path / run / "checkpoint-2" / "optimizer.pt").stat().st_size for run in ("8bit", "exact")]
+    assert saved[0] < 0.4 * saved[1]
+
+    change = (exact - before).norm()
+    assert change > 1e-3 * before.norm()
+    assert 0 < (found - exact).norm() < 0.02 * change
+    assert torch.equal(resumed, found)
+
+
+# ---- Frozen modules on the CPU while they rest ----
 
 
 class Moved(RewardModel):
