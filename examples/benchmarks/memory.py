@@ -259,11 +259,10 @@ def sharded_formula(config: str, weights: Weights, dtype: torch.dtype, processes
         parameters, gradients, optimizer = width * frozen + 4 * trained, 4 * trained, 8 * trained
         step = terms = parameters + gradients + optimizer + 4 * trained
     elif config == "fsdp2":
-        # Cast to `dtype` layer by layer. Gradients are exchanged with the last term, and whole until then.
+        # Cast to `dtype` layer by layer.
         parameters = (width * frozen + 4 * trained) / processes
         gradients, optimizer = 4 * trained / processes, 8 * trained / processes
-        step = parameters + gradients + optimizer
-        terms = parameters + 4 * trained + optimizer
+        step = terms = parameters + gradients + optimizer
     else:
         # DeepSpeed has all weights in `dtype`, and a float32 copy of the trained ones with the optimizer, also where
         # `dtype` is float32. A bucket lives during a backward pass in stages 1 and 2, always in stage 3.

@@ -21,20 +21,26 @@ accelerate launch --config_file trl_diffusion/accelerate_configs/zero2.yaml --nu
 
 SIZE is the number of images that all processes together train in a micro-batch, RUNS which runs to make, one after the
 other: "srpo" trains a LoRA, "srpo_full" all weights, "srpo+ema" keeps a moving average, "srpo+resumed" goes on from the
-first checkpoint of "srpo", and "srpo+ema+resumed" from that of "srpo+ema".
+first checkpoint of "srpo", and "srpo+ema+resumed" from that of "srpo+ema". "srpo+trapped" tries to, when somebody has put
+code into a file of that checkpoint.
 """
 
 import json
 import os
+import pickle
+import shutil
 import sys
 from pathlib import Path
 
+import pytest
+import torch
 from accelerate.utils import is_deepspeed_available
 from datasets import Dataset
 from peft import LoraConfig
 from tiny_models import tiny_flux_pipeline
 
 from trl_diffusion import ChunkGRPOConfig, ChunkGRPOTrainer, SRPOConfig, SRPOTrainer
+from trl_diffusion.trainer.checkpoints import MANIFEST_NAME, write_manifest
 
 
 PROMPTS = [f"a {size} {color} circle" for size in ("small", "large") for color in ("red", "green", "blue", "white")]
@@ -119,9 +125,35 @@ def run(name: str, folder: Path, size: int, resume_from: Path | None = None, **s
         (folder / "result.json").write_text(json.dumps(result))
 
 
+class Malice:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def run_trapped(name: str, folder: Path, size: int, checkpoint: Path) -> None:
+    """Resume from a checkpoint whose files with DeepSpeed's states make a folder when they are unpickled."""
+    trainer = make_trainer(name, folder, size, save_strategy="no")
+    trapped = folder / checkpoint.name
+    if trainer.is_world_process_zero():
+        shutil.copytree(checkpoint, trapped)
+        for path in trapped.rglob("*optim_states.pt"):
+            torch.save({"state": Malice(folder / "trap")}, path)
+        (trapped / MANIFEST_NAME).unlink()
+        write_manifest(trapped)  # an attacker would, too
+    trainer.accelerator.wait_for_everyone()
+    with pytest.raises(pickle.UnpicklingError, match="(?i)weights.only"):
+        trainer.train(resume_from_checkpoint=str(trapped))
+
+
 def main(folder: Path, size: int, names: list[str]) -> None:
     for name in names:
         base, *variants = name.split("+")
+        if "trapped" in variants:
+            run_trapped(base, folder / name, size, folder / base / "checkpoint-1")
+            continue
         settings, resume_from = {"save_strategy": "steps", "save_steps": 1}, None
         if "ema" in variants:
             settings["ema_decay"] = 0.9

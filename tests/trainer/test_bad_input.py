@@ -208,3 +208,16 @@ def test_evaluation_prompts_must_be_known(make_trainer):
 
 def test_black_box_rewards_are_fine_for_grpo(make_trainer):
     assert isinstance(make_trainer(reward_funcs=redness), ChunkGRPOTrainer)
+
+
+@pytest.mark.parametrize("version", [None, "1"])
+def test_fsdp1_is_refused(tmp_path, monkeypatch, version):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    if version is not None:
+        monkeypatch.setenv("FSDP_VERSION", version)
+    with pytest.raises(
+        ValueError, match="fsdp_version is 1, and the trainers support FSDP2 alone. Set fsdp_version: 2"
+    ):
+        ChunkGRPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    ChunkGRPOConfig(output_dir=str(tmp_path), use_cpu=True)

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from peft import LoraConfig
 from tiny_models import tiny_flux_pipeline
 from transformers.trainer_utils import get_last_checkpoint
@@ -412,6 +412,13 @@ class TestAdapter:
         assert torch.allclose(image, expected, atol=1e-5)
         base = trainer.generate(["a cat"], [7], adapter_fraction=0.0)
         assert not torch.allclose(base, expected, atol=1e-3)
+
+    def test_of_a_pipeline_from_a_path(self, make_trainer, tmp_path):
+        tiny_flux_pipeline(seed=0).save_pretrained(tmp_path / "base")
+        trainer = make_trainer(model=FluxPipeline.from_pretrained(tmp_path / "base"))
+        trainer.save_model()
+        config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] is None  # a local path is nobody's business
 
     def test_hybrid_sampling_lies_between(self, make_trainer):
         trainer = make_trainer()

@@ -40,7 +40,7 @@ AVERAGED = ["chunk_grpo+ema", "srpo_full+ema"]
 OF_CONFIG = {
     "multi_gpu": RUNS,
     "zero1": ["srpo", "chunk_grpo_full+ema"],
-    "zero2": [*RUNS, "srpo_full+ema", "srpo_full+ema+resumed", "chunk_grpo_full+ema+bf16"],
+    "zero2": [*RUNS, "srpo_full+ema", "srpo_full+ema+resumed", "chunk_grpo_full+ema+bf16", "srpo+trapped"],
     "zero3": [*RUNS, *AVERAGED, "chunk_grpo+resumed", "srpo_full+ema+resumed", "chunk_grpo+ema+offload"],
     "fsdp2": [*RUNS, *AVERAGED, "chunk_grpo+resumed", "srpo_full+ema+resumed", "chunk_grpo_full+ema+bf16"],
 }
@@ -98,6 +98,11 @@ def test_two_processes_equal_one(tmp_path, one_process, config):
     one = one_process
     runs = OF_CONFIG[config]
     output = launch(tmp_path, config, runs)
+    if "srpo+trapped" in runs:
+        assert (tmp_path / "srpo+trapped" / "checkpoint-1").is_dir() and not (
+            tmp_path / "srpo+trapped" / "trap"
+        ).exists()
+    runs = [run for run in runs if not run.endswith("+trapped")]  # which takes no step
     for run in runs:
         found = result(tmp_path, run)
         assert found["distributed_type"] == KINDS[config] and found["num_processes"] == 2
@@ -132,8 +137,8 @@ def test_two_processes_equal_one(tmp_path, one_process, config):
         r"^\{'loss'": steps,
         r"^\{'train_runtime'": len(runs),
         r"^\{'eval_": len(runs),
-        r"Encoding prompts: +0%": len(runs),
-        r"watch_reward_funcs are scored when": sum(run.startswith("srpo") for run in runs),
+        r"Encoding prompts: +0%": len(OF_CONFIG[config]),
+        r"watch_reward_funcs are scored when": sum(run.startswith("srpo") for run in OF_CONFIG[config]),
     }.items():
         assert len(re.findall(pattern, output, re.MULTILINE)) == count, pattern
     # So is what is saved.
