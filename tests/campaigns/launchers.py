@@ -83,6 +83,7 @@ def command(entrance: str, config: str, trainer: str, full: bool, folder: Path) 
 def check(output: str, full: bool, folder: Path, base: dict[str, torch.Tensor]) -> None:
     assert len(re.findall(r"^\{'loss'", output, re.MULTILINE)) == 1, "the log line is not there once"
     assert len(list((folder / "samples" / "step_000001").glob("*.png"))) == 2
+    assert (folder / "README.md").is_file()
     if full:
         trained = FluxTransformer2DModel.from_pretrained(folder / "transformer").state_dict()
         assert trained.keys() == base.keys()
@@ -94,35 +95,44 @@ def check(output: str, full: bool, folder: Path, base: dict[str, torch.Tensor]) 
         assert any(weight.any() for name, weight in weights.items() if "lora_B" in name), "nothing was trained"
 
 
+def run(entrance: str, config: str, trainer: str, full: bool, folder: Path, base: dict[str, torch.Tensor]) -> None:
+    """
+    Train for a step and check what is written.
+
+    Raises:
+        `AssertionError`: with what the run has printed.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    finished = subprocess.run(
+        command(entrance, config, trainer, full, folder),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert finished.returncode == 0, f"exit status {finished.returncode}\n{finished.stdout[-3000:]}"
+    check(finished.stdout, full, folder, base)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=CONFIGS)
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=TRAINERS)
     parser.add_argument("--entrances", nargs="+", choices=("example", "command"), default=("example", "command"))
     arguments = parser.parse_args()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     base = shapes.load_pipeline().transformer.state_dict()
     failures = count = 0
     for entrance, config, trainer, full in itertools.product(
         arguments.entrances, arguments.configs, arguments.trainers, (False, True)
     ):
         start = time.perf_counter()
+        outcome = "passed"
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            run = subprocess.run(
-                command(entrance, config, trainer, full, folder),
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
             try:
-                assert run.returncode == 0, f"exit status {run.returncode}"
-                check(run.stdout, full, folder, base)
-                outcome = "passed"
+                run(entrance, config, trainer, full, Path(name), base)
             except (AssertionError, OSError, ValueError) as error:
                 failures += 1
-                outcome = f"FAILED: {error}\n{run.stdout[-3000:]}"
+                outcome = f"FAILED: {error}"
         count += 1
         what = "all weights" if full else "LoRA"
         print(f"{entrance} {config} {trainer} {what}: {outcome}, {time.perf_counter() - start:.0f} s", flush=True)

@@ -14,13 +14,16 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 import yaml
+from campaigns import launchers
 from safetensors.torch import load_file
 
+from trl_diffusion import shapes
 from trl_diffusion.cli.chunk_grpo import main
 from trl_diffusion.cli.launch import config_path
 
@@ -74,3 +77,16 @@ def test_two_processes_from_the_command_line(tmp_path):
     # One group of four images, two a process, and one line of logs.
     assert len(re.findall(r"^\{'loss'", finished.stdout, re.MULTILINE)) == 1
     assert len(list((tmp_path / "out" / "samples" / "step_000001").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("entrance", "config", "trainer", "full"),
+    [("example", "fsdp2", "chunk_grpo", False), ("command", "zero2", "srpo", True)],
+)
+def test_sharded_runs(tmp_path, entrance, config, trainer, full):
+    """The campaign of `make campaigns` in short."""
+    if config.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="needs the extra 'deepspeed'")
+        if shutil.which("c++") is None:
+            pytest.skip("DeepSpeed compiles its communication for the CPU with a C++ compiler")
+    launchers.run(entrance, config, trainer, full, tmp_path, shapes.load_pipeline().transformer.state_dict())

@@ -194,5 +194,6 @@ def run(trainer_class: type[DiffusionTrainer], parser: CommandParser, arguments:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)  # saves as well
     else:
         trainer.save_model(training_args.output_dir)
+        trainer.create_model_card(dataset_name=script_args.dataset_name)
     trainer.accelerator.end_training()  # several processes part in order
     return 0
