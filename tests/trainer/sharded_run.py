@@ -21,7 +21,8 @@ accelerate launch --config_file trl_diffusion/accelerate_configs/zero2.yaml --nu
 
 SIZE is the number of images that all processes together train in a micro-batch, RUNS which runs to make, one after the
 other: "srpo" trains a LoRA, "srpo_full" all weights, "srpo+ema" keeps a moving average, "srpo+resumed" goes on from the
-first checkpoint of "srpo", and "srpo+ema+resumed" from that of "srpo+ema". "srpo+trapped" tries to, when somebody has put
+first checkpoint of "srpo", and "srpo+ema+resumed" from that of "srpo+ema". "srpo+best" ends with the
+checkpoint that was evaluated best. "srpo+trapped" tries to resume when somebody has put
 code into a file of that checkpoint.
 """
 
@@ -34,6 +35,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from accelerate.utils import is_deepspeed_available
 from datasets import Dataset
 from peft import LoraConfig
@@ -113,6 +115,7 @@ def run(name: str, folder: Path, size: int, resume_from: Path | None = None, **s
     metrics = trainer.evaluate()
     trainer.save_model()
     images = trainer.generate(PROMPTS[:2], [0, 1])
+    of_processes = trainer.accelerator.gather(images.flatten()[None].to(trainer.args.device))
     if trainer.is_world_process_zero():
         result = {
             "distributed_type": trainer.accelerator.distributed_type.value,
@@ -120,6 +123,7 @@ def run(name: str, folder: Path, size: int, resume_from: Path | None = None, **s
             "log": trainer.state.log_history,
             "metrics": metrics,
             "images": images.flatten().tolist(),
+            "agree": (of_processes == of_processes[:1]).all().item(),
             "change": (images - before).abs().max().item(),
         }
         (folder / "result.json").write_text(json.dumps(result))
@@ -159,6 +163,10 @@ def main(folder: Path, size: int, names: list[str]) -> None:
             settings["ema_decay"] = 0.9
         if "bf16" in variants:
             settings["bf16"] = True
+        if "best" in variants:
+            settings |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+            # These steps are so large that the reward falls: it is best after the first.
+            settings |= {"metric_for_best_model": "reward", "greater_is_better": True, "num_eval_images": 2}
         if "offload" in variants:
             # accelerate takes its launcher's configuration or a DeepSpeed file, not both.
             del os.environ["ACCELERATE_CONFIG_DS_FIELDS"]
@@ -176,3 +184,4 @@ if __name__ == "__main__":
         # Gloo alone, so that nothing is compiled: the tests need no C++ compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3].split(","))
+    PartialState().destroy_process_group()  # as `Accelerator.end_training`

@@ -221,3 +221,34 @@ def test_fsdp1_is_refused(tmp_path, monkeypatch, version):
         ChunkGRPOConfig(output_dir=str(tmp_path), use_cpu=True)
     monkeypatch.setenv("FSDP_VERSION", "2")
     ChunkGRPOConfig(output_dir=str(tmp_path), use_cpu=True)
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "settings", "message"),
+    [
+        (
+            {"zero_optimization": {"stage": 0}},
+            {},
+            "zero_stage is 0, which shards nothing. Use ZeRO-1, 2 or 3, or multi_gpu",
+        ),
+        (
+            {
+                "zero_optimization": {"stage": 1},
+                "data_types": {"grad_accum_dtype": "fp32"},
+                "bf16": {"enabled": "auto"},
+            },
+            {"bf16": True},
+            "grad_accum_dtype is 'fp32', which with bf16 needs ZeRO-2 or 3, and the stage is 1",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "nowhere"}}},
+            {"ema_decay": 0.9},
+            "ema_decay=0.9 cannot be used with an optimizer that is offloaded to NVMe",
+        ),
+    ],
+    ids=["stage-0", "float32-accumulation", "nvme"],
+)
+def test_impossible_deepspeed_is_refused(tmp_path, deepspeed, settings, message):
+    pytest.importorskip("deepspeed", reason="needs the extra 'deepspeed'")
+    with pytest.raises(ValueError, match=message):
+        ChunkGRPOConfig(output_dir=str(tmp_path), use_cpu=True, deepspeed=deepspeed, **settings)

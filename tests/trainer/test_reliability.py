@@ -477,14 +477,6 @@ class TestMovingAverage:
             with pytest.raises(ValueError, match=rf"was written {folder} ema_decay, but ema_decay is {decay}"):
                 trainer.train(resume_from_checkpoint=True)
 
-    def test_not_with_weights_on_nvme(self, tmp_path):
-        offload = {"device": "nvme", "nvme_path": str(tmp_path)}
-        deepspeed = {"zero_optimization": {"stage": 3, "offload_optimizer": offload}}
-        with pytest.raises(
-            ValueError, match="ema_decay=0.9 cannot be used with an optimizer that is offloaded to NVMe"
-        ):
-            ChunkGRPOConfig(output_dir=str(tmp_path), use_cpu=True, ema_decay=0.9, deepspeed=deepspeed)
-
 
 @pytest.mark.parametrize(
     ("settings", "message"),

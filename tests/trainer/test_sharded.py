@@ -38,11 +38,32 @@ RUNS = ["chunk_grpo", "srpo", "chunk_grpo_full", "srpo_full"]
 AVERAGED = ["chunk_grpo+ema", "srpo_full+ema"]
 # ZeRO-1 is ZeRO-2 but for the gradients: one run of each kind suffices.
 OF_CONFIG = {
-    "multi_gpu": RUNS,
+    "multi_gpu": [*RUNS, "srpo+ema+best"],
     "zero1": ["srpo", "chunk_grpo_full+ema"],
-    "zero2": [*RUNS, "srpo_full+ema", "srpo_full+ema+resumed", "chunk_grpo_full+ema+bf16", "srpo+trapped"],
-    "zero3": [*RUNS, *AVERAGED, "chunk_grpo+resumed", "srpo_full+ema+resumed", "chunk_grpo+ema+offload"],
-    "fsdp2": [*RUNS, *AVERAGED, "chunk_grpo+resumed", "srpo_full+ema+resumed", "chunk_grpo_full+ema+bf16"],
+    "zero2": [
+        *RUNS,
+        "srpo_full+ema",
+        "srpo_full+ema+resumed",
+        "srpo_full+ema+best",
+        "chunk_grpo_full+ema+bf16",
+        "srpo+trapped",
+    ],
+    "zero3": [
+        *RUNS,
+        *AVERAGED,
+        "chunk_grpo+resumed",
+        "srpo_full+ema+resumed",
+        "srpo+ema+best",
+        "chunk_grpo+ema+offload",
+    ],
+    "fsdp2": [
+        *RUNS,
+        *AVERAGED,
+        "chunk_grpo+resumed",
+        "srpo_full+ema+resumed",
+        "srpo+ema+best",
+        "chunk_grpo_full+ema+bf16",
+    ],
 }
 KINDS = {"multi_gpu": "MULTI_CPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp2": "FSDP"}
 GLOBAL_BATCH = 4
@@ -106,10 +127,18 @@ def test_two_processes_equal_one(tmp_path, one_process, config):
     for run in runs:
         found = result(tmp_path, run)
         assert found["distributed_type"] == KINDS[config] and found["num_processes"] == 2
+        assert found["agree"], f"{run}: the processes make different images"
         variant = run.rpartition("+")[2]
         base = run.removesuffix(f"+{variant}")
         if variant == "resumed":  # to the same bits
             assert largest_difference(weights(tmp_path, base), weights(tmp_path, run)) == 0
+            continue
+        if variant == "best":  # what was evaluated, which is the average
+            state = json.loads((tmp_path / run / "checkpoint-2" / "trainer_state.json").read_text())
+            best = Path(state["best_model_checkpoint"]).name
+            assert best == "checkpoint-1"
+            assert largest_difference(weights(tmp_path, run), weights(tmp_path, f"{run}/{best}")) == 0
+            assert largest_difference(weights(tmp_path, run), weights(tmp_path, f"{run}/checkpoint-2")) > 0
             continue
         if variant == "bf16":  # near, and not the same
             a, b = (result(folder, name)["log"][0]["grad_norm"] for folder, name in ((tmp_path, run), (one, base)))
@@ -136,9 +165,11 @@ def test_two_processes_equal_one(tmp_path, one_process, config):
     for pattern, count in {
         r"^\{'loss'": steps,
         r"^\{'train_runtime'": len(runs),
-        r"^\{'eval_": len(runs),
+        r"^\{'eval_": len(runs) + 2 * sum(run.endswith("+best") for run in runs),
         r"Encoding prompts: +0%": len(OF_CONFIG[config]),
-        r"watch_reward_funcs are scored when": sum(run.startswith("srpo") for run in OF_CONFIG[config]),
+        r"watch_reward_funcs are scored when": sum(
+            run.startswith("srpo") and not run.endswith("+best") for run in OF_CONFIG[config]
+        ),
     }.items():
         assert len(re.findall(pattern, output, re.MULTILINE)) == count, pattern
     # So is what is saved.

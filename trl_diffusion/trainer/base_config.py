@@ -393,18 +393,32 @@ class DiffusionConfig(TrainingArguments):
                     "configuration, or use the package's fsdp2.yaml."
                 )
         if self.deepspeed_plugin is not None:
-            require_version("deepspeed>=0.19.8", "Older releases apply steps whose gradient is not finite.")
-            offload = self.deepspeed_plugin.deepspeed_config["zero_optimization"].get("offload_optimizer") or {}
-            if self.ema_decay is not None and offload.get("device") == "nvme":
-                raise ValueError(
-                    f"ema_decay={self.ema_decay} cannot be used with an optimizer that is offloaded to NVMe, where the "
-                    "weights are not in memory after a step. Offload it to the CPU, or set ema_decay to None."
-                )
+            self._check_deepspeed(self.deepspeed_plugin.zero_stage, self.deepspeed_plugin.deepspeed_config)
         zero_3 = self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage == 3
         if self.quantization is not None and (zero_3 or fsdp):
             raise ValueError(
                 f"quantization={self.quantization!r} cannot be used with ZeRO-3 or FSDP, which shard the weights. Use "
                 "multi_gpu, ZeRO-1 or ZeRO-2, or no quantization."
+            )
+
+    def _check_deepspeed(self, stage: int, config: dict[str, Any]) -> None:
+        require_version("deepspeed>=0.19.8", "Older releases apply steps whose gradient is not finite.")
+        # As these do.
+        if stage == 0:
+            raise ValueError(
+                "zero_stage is 0, which shards nothing. Use ZeRO-1, 2 or 3, or multi_gpu without DeepSpeed."
+            )
+        accumulation = config.get("data_types", {}).get("grad_accum_dtype")
+        if stage == 1 and self.bf16 and accumulation == "fp32":
+            raise ValueError(
+                "data_types.grad_accum_dtype is 'fp32', which with bf16 needs ZeRO-2 or 3, and the stage is 1. Use ZeRO-2, "
+                "or leave grad_accum_dtype unset."
+            )
+        offload = config["zero_optimization"].get("offload_optimizer") or {}
+        if self.ema_decay is not None and offload.get("device") == "nvme":
+            raise ValueError(
+                f"ema_decay={self.ema_decay} cannot be used with an optimizer that is offloaded to NVMe, where the weights "
+                "are not in memory after a step. Offload it to the CPU, or set ema_decay to None."
             )
 
     def without_secrets(self) -> "DiffusionConfig":

@@ -408,12 +408,14 @@ class ReliableTrainer(Trainer):
                 with self._save_errors_noted():
                     super()._save_checkpoint(model, trial)
                 failed = self._any_process(self._save_error is not None)
+            if not failed:
+                # The Trainer has looked for the best one where this one is being written.
+                best = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+                is_there = best.name == name or best.exists()
+                self.state.best_model_checkpoint = str(best) if is_there else best_before
             if args.should_save and not failed:
                 with self._save_errors_noted():
-                    best = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-                    if best.name == name or best.exists():
-                        self.state.best_model_checkpoint = str(best)
-                        self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+                    self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
                     write_manifest(staging / name)
                     publish(staging / name, run_folder / name)
             failed = failed or self._any_process(self._save_error is not None)
