@@ -50,7 +50,7 @@ class Faulty(Warmth):
             time.sleep(0.1)
         if self.trainer.args.process_index == 1:
             if step == self.faults.get("nan") and images.requires_grad:
-                return scores * torch.nan
+                return scores + torch.nan  # whose gradient is finite
             if step == self.faults.get("gradient") and images.requires_grad:
                 return (scores - scores).sqrt()
             if step == self.faults.get("raise"):

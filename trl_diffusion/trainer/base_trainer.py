@@ -56,6 +56,7 @@ from ..models.quantization import check_quantization, quantization_config
 from ..rewards import Reward, check_reward, load_rewards, score_images
 from .base_config import DiffusionConfig
 from .callbacks import EpochCallback, SampleImagesCallback, Samples
+from .evaluating import EvaluationMixin
 from .publishing import PublishingMixin
 from .reliable_trainer import ReliableTrainer
 from .sharding import gathered, keep_float32_inputs, shard_on_cpu, trains_on_several_cpu_processes
@@ -80,7 +81,7 @@ class _SerializableConfig(FrozenDict):
         return json.dumps(self.to_dict(), indent=2, default=str, sort_keys=True)
 
 
-class DiffusionTrainer(PublishingMixin, ReliableTrainer):
+class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
     """
     Base of the trainers: loads a pipeline, encodes its prompts once, wraps the denoiser in an adapter, and takes
     training steps term by term.
@@ -220,8 +221,7 @@ class DiffusionTrainer(PublishingMixin, ReliableTrainer):
 
         self._card_arguments = {}
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
-        # Of the base model's images at an evaluation, by the prompts of its dataset.
-        self._base_scores: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
+        self._base_scores = {}
         self._seconds = defaultdict(float)
         self._images_since_log = 0
         self._last_log = (0, time.perf_counter())
@@ -532,104 +532,6 @@ class DiffusionTrainer(PublishingMixin, ReliableTrainer):
     @abstractmethod
     def _prompts_of(self, inputs: Any) -> list[str]:
         """The prompts of a micro-batch, for messages."""
-
-    # ---- Evaluation ----
-
-    def evaluate(
-        self,
-        eval_dataset: Dataset | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """
-        Score `num_eval_images` images of the evaluation prompts, with the same seeds every time.
-
-        An adapter is compared with the base model, whose images of the same prompts and seeds are drawn and scored
-        once, at the first evaluation.
-
-        Returns:
-            `dict[str, float]`: the means of `{prefix}_reward`, the weighted sum of the rewards, of each reward
-            `{prefix}_rewards/{name}/mean` and of each watched one `{prefix}_watch/{name}/mean`. With an adapter besides
-            those of the base model, `{prefix}_base/reward` and so on, and the share of the images that are better than
-            the base model's, ties by half, `{prefix}_win_rate/reward`, `{prefix}_win_rate/rewards/{name}` and so on.
-        """
-        _, scores, base = self._compare_with_base(self.eval_dataset if eval_dataset is None else eval_dataset)
-
-        def means(scores: dict[str, torch.Tensor], group: str = "") -> dict[str, float]:
-            return {f"{metric_key_prefix}_{group}{name}": column.nanmean().item() for name, column in scores.items()}
-
-        metrics = means(scores)
-        if base is not None:
-            better = {
-                name.removesuffix("/mean"): (1 + (column - base[name]).sign()) / 2 for name, column in scores.items()
-            }
-            metrics |= means(base, "base/") | means(better, "win_rate/")
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _compare_with_base(
-        self, dataset: Dataset
-    ) -> tuple[list[str], dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
-        """
-        Score `num_eval_images` images of the prompts of `dataset`, N in all processes together.
-
-        Returns:
-            The N prompts; the scores `(N,)` by name; and those of the base model's images, which are drawn and scored
-            once a dataset, or `None` where all weights are trained.
-        """
-        check_prompts(dataset, "eval_dataset")
-        missing = [prompt for prompt in dataset["prompt"] if prompt not in self.prompt_cache]
-        if missing:
-            raise ValueError(
-                f"The evaluation prompt {missing[0]!r} was not among the datasets given to the trainer, whose text "
-                "encoders are freed by now. Pass this dataset as eval_dataset at construction."
-            )
-        total, processes = self.args.num_eval_images, self.accelerator.num_processes
-        # Every process makes as many images, since sharded models need all of them in every forward.
-        share = -(-total // processes)
-        local = [self.accelerator.process_index * share + i for i in range(share)]
-        rows = [dataset[index % len(dataset)] for index in local]
-        prompts = [row["prompt"] for row in rows]
-        columns = self._columns(rows)
-        base = None
-        if isinstance(self.accelerator.unwrap_model(self.model_wrapped), PeftModel):
-            # Before the adapter's, so that a subclass that keeps the last scores keeps those.
-            key = tuple(dataset["prompt"])
-            if key not in self._base_scores:
-                self._base_scores[key] = self._score_evaluation(prompts, local, columns, total, adapter_fraction=0.0)
-            base = self._base_scores[key]
-        scores = self._score_evaluation(prompts, local, columns, total)
-        return [dataset[index % len(dataset)]["prompt"] for index in range(total)], scores, base
-
-    def _score_evaluation(
-        self,
-        prompts: list[str],
-        seeds: list[int],
-        columns: dict[str, list[Any]],
-        total: int,
-        adapter_fraction: float = 1.0,
-    ) -> dict[str, torch.Tensor]:
-        """Draw this process's images; returns the scores `(total,)` of those of all processes, by name."""
-        images = self.generate(prompts, seeds, adapter_fraction).to(self.args.device)
-        scores = self._evaluation_scores(images, prompts, columns)
-        gathered = self.accelerator.gather(torch.stack(list(scores.values()), 1))[:total]
-        return dict(zip(scores, gathered.unbind(1), strict=True))
-
-    def _evaluation_scores(
-        self, images: torch.Tensor, prompts: list[str], columns: dict[str, list[Any]]
-    ) -> dict[str, torch.Tensor]:
-        """What an evaluation averages over its images, `(B,)` by name."""
-        scores = self.score(self.rewards, images, prompts, columns)
-        watched = self.score(self.watched_rewards, images, prompts, columns)
-        return {
-            "reward": (scores * self.reward_weights.to(scores.device)).nansum(1),
-            **{f"rewards/{name}/mean": column for name, column in zip(self.rewards, scores.unbind(1), strict=True)},
-            **{
-                f"watch/{name}/mean": column
-                for name, column in zip(self.watched_rewards, watched.unbind(1), strict=True)
-            },
-        }
 
     # ---- Logging ----
 

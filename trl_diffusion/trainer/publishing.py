@@ -43,7 +43,6 @@ from ..hub import (
     push_files,
     shown_files,
 )
-from ..metrics.reward_metric import by_prompt, clustered_mean
 from ..rewards import to_pil
 from .base_config import DiffusionConfig
 
@@ -155,28 +154,6 @@ class PublishingMixin:
         return {name: value for name, value in values.items() if value is not None} | {
             "num_processes": self.accelerator.num_processes
         }
-
-    def compare_with_base(self) -> dict[str, dict[str, tuple[float, float, float]]]:
-        """
-        Score the base model and the trained one on the evaluation prompts, `num_eval_images` each, with the same seeds
-        as [`evaluate`], which may have scored the base model already. To be called on every process, and for an adapter
-        only.
-
-        Returns:
-            `dict`: `{"base": {reward: (mean, low, high)}, "aligned": {...}}` for the rewards and the watched ones; the
-            95 % confidence interval takes images of one prompt for dependent, and is NaN for a single prompt.
-        """
-        prompts, aligned, base = self._compare_with_base(self.eval_dataset)
-        names = {name: f"rewards/{name}/mean" for name in self.rewards}
-        names |= {name: f"watch/{name}/mean" for name in self.watched_rewards}
-        results = {}
-        for model, scores in (("base", base), ("aligned", aligned)):
-            results[model] = {}
-            for name, metric in names.items():
-                column = scores[metric].cpu().numpy()
-                mean, error = clustered_mean(list(by_prompt(column, prompts).values()))
-                results[model][name] = (mean, mean - 1.96 * error, mean + 1.96 * error)
-        return results
 
     # ---- Pictures ----
 
