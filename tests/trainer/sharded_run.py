@@ -21,7 +21,8 @@ accelerate launch --config_file trl_diffusion/accelerate_configs/zero2.yaml --nu
 
 SIZE is the number of images that all processes together train in a micro-batch, RUNS which runs to make, one after the
 other: "srpo" trains a LoRA, "srpo_full" all weights, "srpo+ema" keeps a moving average, "srpo+resumed" goes on from the
-first checkpoint of "srpo", and "srpo+ema+resumed" from that of "srpo+ema". "srpo+best" ends with the
+first checkpoint of "srpo", and "srpo+ema+resumed" from that of "srpo+ema". "srpo+kept" keeps
+FSDP2's weights gathered after a forward, in this run and those after it. "srpo+best" ends with the
 checkpoint that was evaluated best. "srpo+trapped" tries to resume when somebody has put
 code into a file of that checkpoint.
 """
@@ -167,6 +168,8 @@ def main(folder: Path, size: int, names: list[str]) -> None:
             settings |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
             # These steps are so large that the reward falls: it is best after the first.
             settings |= {"metric_for_best_model": "reward", "greater_is_better": True, "num_eval_images": 2}
+        if "kept" in variants:
+            os.environ["FSDP_RESHARD_AFTER_FORWARD"] = "false"
         if "offload" in variants:
             # accelerate takes its launcher's configuration or a DeepSpeed file, not both.
             del os.environ["ACCELERATE_CONFIG_DS_FIELDS"]

@@ -63,6 +63,7 @@ OF_CONFIG = {
         "srpo_full+ema+resumed",
         "srpo+ema+best",
         "chunk_grpo_full+ema+bf16",
+        "chunk_grpo+ema+kept",
     ],
 }
 KINDS = {"multi_gpu": "MULTI_CPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp2": "FSDP"}
@@ -144,7 +145,7 @@ def test_two_processes_equal_one(tmp_path, one_process, config):
             a, b = (result(folder, name)["log"][0]["grad_norm"] for folder, name in ((tmp_path, run), (one, base)))
             assert a != b and a == pytest.approx(b, rel=0.03)
             continue
-        if variant == "offload":
+        if variant in ("offload", "kept"):
             run, found_weights = base, weights(tmp_path, run)
         else:
             found_weights = weights(tmp_path, run)

@@ -170,11 +170,8 @@ def _reshard(network: nn.Module) -> None:
 
 
 def _renew_stage_3(engine: "DeepSpeedEngine") -> None:
-    """Bring the float32 partitions into the parameters, as the end of a step of ZeRO-3 does."""
+    """Bring the float32 partitions into the parameters, as a step of ZeRO-3 does; forwards gather them anew."""
     optimizer = engine.optimizer
     optimizer._partition_all_parameters()
     for group in range(len(optimizer.fp16_groups)):
         optimizer._reassign_or_swap_out_partitioned_parameters(group)
-    if optimizer.persistent_parameters:
-        # Small parameters stay gathered on every process.
-        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
