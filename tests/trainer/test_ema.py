@@ -77,5 +77,3 @@ def test_weights_and_average_change_places_and_return(network):
         assert are(averages)
         raise RuntimeError("within")
     assert are(weights)
-    average.make_permanent()
-    assert are(averages)

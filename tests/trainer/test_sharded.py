@@ -157,6 +157,7 @@ def test_two_processes_equal_one(tmp_path, one_process, config):
         if run in AVERAGED:
             assert largest_difference(weights(one, run), weights(one, run.removesuffix("+ema"))) > 1e-4
         np.testing.assert_allclose(found["images"], truth["images"], atol=1e-5)
+        np.testing.assert_allclose(found["trained"], truth["trained"], atol=1e-5)
         for a, b in zip(truth["log"], found["log"], strict=True):
             for name in ("loss", "grad_norm", "reward", "eval_reward", "ratio/mean", "kl", "denoise/loss"):
                 assert (name in a) == (name in b)

@@ -55,11 +55,6 @@ class WeightAverage:
         """Make the weights as they are the average."""
         self._copy(self.averages, self.weights.tensors())
 
-    def make_permanent(self) -> None:
-        """Make the average the weights. To be called on every process."""
-        self._copy(self.weights.tensors(), self.averages)
-        self.weights.changed()
-
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """

@@ -363,14 +363,13 @@ class ReliableTrainer(Trainer):
         self._restart_average()
 
     def _restart_average(self) -> None:
-        """After the best model was loaded, whose evaluation was that of its average: let it be the weights."""
+        """After the best model was loaded: let the average be that of its checkpoint, which was evaluated."""
         average = self.weight_average
         if average is None:
             return
         if average.weights.sharded:
             # DeepSpeed and FSDP have loaded the weights that were trained; elsewhere the average was loaded.
             average.load(self._average_file(self.state.best_model_checkpoint))
-            average.make_permanent()
         else:
             average.reset()
 
