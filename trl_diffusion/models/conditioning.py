@@ -1,0 +1,130 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The embeddings of the prompts that a run will see next, and of no others."""
+
+import itertools
+from collections.abc import Callable, Iterable
+
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from ..data.prompt_store import PromptStore
+from .base import FlowModel
+
+
+class Conditioning:
+    """
+    The conditioning of prompts, encoded in windows: where a prompt is asked for that is not there, it is encoded together
+    with those that come next, and those before are let go. So neither the memory nor the time to the first step
+    depends on the size of the dataset. The text encoders are on the accelerator while a window is encoded, and
+    elsewhere on the CPU.
+
+    Each process encodes what its own images need. Prompts are encoded one by one, so that embeddings depend neither on
+    the prompts beside nor on where a window begins; text encoders of real size are busy with one.
+
+    Args:
+        flow_model ([`FlowModel`]):
+            Model whose text encoders to use.
+        device (`torch.device`):
+            Where they run, and where the conditioning goes.
+        window (`int`, *optional*, defaults to `128`):
+            Prompts of a window. One prompt of FLUX.1 takes 4 MiB of host memory in bfloat16.
+        store ([`~trl_diffusion.data.prompt_store.PromptStore`], *optional*):
+            Where embeddings are looked up before, and kept.
+    """
+
+    def __init__(
+        self, flow_model: FlowModel, device: torch.device, window: int = 128, store: PromptStore | None = None
+    ):
+        self.flow_model = flow_model
+        self.device = device
+        self.window = window
+        self.store = store
+        # The prompts that come next, from now on, for windows that `get` begins.
+        self.upcoming: Callable[[], Iterable[str]] = tuple
+        self._kept: dict[str, dict[str, torch.Tensor]] = {}
+        self._window: dict[str, dict[str, torch.Tensor]] = {}
+
+    def keep(self, prompts: Iterable[str]) -> None:
+        """
+        Encode prompts, and keep their embeddings in memory for good.
+
+        Args:
+            prompts (`Iterable[str]`): repeated ones cost nothing.
+        """
+        self._kept |= self._encoded(list(dict.fromkeys(prompts)))
+
+    def get(self, prompts: list[str], ahead: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+        """
+        The conditioning of prompts, on the device.
+
+        Args:
+            prompts (`list[str]` of length B):
+                Prompts, in any order, repeated or not.
+            ahead (`Iterable[str]`, *optional*):
+                What will be asked for after these; `upcoming()` by default.
+
+        Returns:
+            `dict[str, torch.Tensor]`: as [`FlowModel.collate`] gives it; the first dimension of every entry is B.
+
+        Raises:
+            `RuntimeError`: a prompt must be encoded, and the text encoders were freed.
+        """
+        distinct = list(dict.fromkeys(prompts))
+        if any(prompt not in self._kept and prompt not in self._window for prompt in distinct):
+            self._advance(distinct, self.upcoming() if ahead is None else ahead)
+        rows = [self._kept.get(prompt) or self._window[prompt] for prompt in distinct]
+        # Each distinct prompt is moved once; its G generations are copies on the device.
+        position = {prompt: i for i, prompt in enumerate(distinct)}
+        index = torch.tensor([position[prompt] for prompt in prompts], device=self.device)
+        batch = self.flow_model.collate(rows)
+        return {name: tensor.to(self.device)[index] for name, tensor in batch.items()}
+
+    def _advance(self, prompts: list[str], ahead: Iterable[str]) -> None:
+        wanted = dict.fromkeys(prompt for prompt in prompts if prompt not in self._kept)
+        # A dataset may have fewer prompts than a window, and `ahead` no end: it is followed for so long only.
+        for prompt in itertools.islice(ahead, 4 * self.window):
+            if len(wanted) >= self.window:
+                break
+            if prompt not in self._kept:
+                wanted[prompt] = None
+        before, self._window = self._window, {}
+        self._window = {prompt: before[prompt] for prompt in wanted if prompt in before}
+        del before
+        self._window |= self._encoded([prompt for prompt in wanted if prompt not in self._window])
+
+    def _encoded(self, prompts: list[str]) -> dict[str, dict[str, torch.Tensor]]:
+        """The embeddings of distinct prompts, from the store or of the text encoders, on the CPU."""
+        found = {}
+        if self.store is not None:
+            for prompt in prompts:
+                tensors = self.store.get(prompt)
+                if tensors is not None:
+                    found[prompt] = tensors
+        missing = [prompt for prompt in prompts if prompt not in found]
+        if not missing:
+            return found
+        with self.flow_model.text_encoders_on(self.device):
+            for prompt in tqdm(
+                missing, desc="Encoding prompts", disable=not PartialState().is_local_main_process, leave=False
+            ):
+                (row,) = self.flow_model.encode([prompt])
+                found[prompt] = {name: tensor.cpu() for name, tensor in row.items()}
+                if self.store is not None:
+                    self.store.put(prompt, found[prompt])
+        if self.store is not None:
+            self.store.trim()
+        return found
