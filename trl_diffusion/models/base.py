@@ -12,9 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import contextlib
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -50,10 +51,14 @@ class FlowModel(ABC):
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
             Loaded pipeline of class `pipeline_class`.
+        source (`str`, *optional*):
+            What tells the text encoders from others, where that is known without their weights.
+        load_text_encoders (`Callable`, *optional*):
+            Loads the text encoders, by their name in the pipeline. Without it they are those of the pipeline.
 
     Attributes:
         text_encoders (`dict[str, torch.nn.Module]`):
-            Text encoders by their name in the pipeline; empty after [`free_text_encoders`].
+            Text encoders by their name in the pipeline, as far as they are in memory.
         tokenizers (`dict[str, PreTrainedTokenizerBase]`):
             Tokenizers by their name in the pipeline.
         transformer_config (`FrozenDict`):
@@ -78,7 +83,12 @@ class FlowModel(ABC):
     latent_downsample: int
     """Pixels along the side of one token: VAE factor times patch size."""
 
-    def __init__(self, pipeline: DiffusionPipeline):
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        source: str | None = None,
+        load_text_encoders: Callable[[], dict[str, torch.nn.Module]] | None = None,
+    ):
         if type(pipeline) is not self.pipeline_class:
             raise ValueError(
                 f"{type(self).__name__} needs a {self.pipeline_class.__name__}, got a {type(pipeline).__name__}. Use "
@@ -94,6 +104,8 @@ class FlowModel(ABC):
                 "FlowMatchEulerDiscreteScheduler.from_config(...)` before training."
             )
         self.pipeline = pipeline
+        self.source = source
+        self._load_text_encoders = load_text_encoders
         self.vae = pipeline.vae
         components = pipeline.components
         self.text_encoders = {
@@ -166,11 +178,39 @@ class FlowModel(ABC):
     @abstractmethod
     def _encode_prompt(self, prompts: list[str], device: torch.device) -> dict[str, torch.Tensor]: ...
 
+    @contextlib.contextmanager
+    def text_encoders_on(self, device: torch.device) -> Iterator[None]:
+        """
+        Within this context the text encoders are on a device, for [`encode_prompt`]; they are loaded where they are not in
+        memory, and wait on the CPU afterwards.
+
+        Raises:
+            `RuntimeError`: they were freed, and the pipeline was given loaded.
+        """
+        if not self.text_encoders:
+            if self._load_text_encoders is None:
+                raise RuntimeError(
+                    "There are no text encoders to encode prompts with: they were freed, or the pipeline was loaded "
+                    "without them. Load the whole pipeline, or pass its id or path instead of the pipeline."
+                )
+            self.text_encoders = self._load_text_encoders()
+            for name, module in self.text_encoders.items():
+                setattr(self.pipeline, name, module.requires_grad_(False).eval())
+        for module in self.text_encoders.values():
+            module.to(device)
+        try:
+            yield
+        finally:
+            for module in self.text_encoders.values():
+                module.to("cpu")
+            clear_device_cache()
+
     def free_text_encoders(self) -> None:
         """
         Drop the text encoders' weights from memory; tokenizers stay.
 
-        The pipeline then generates from embeddings only, and its `save_pretrained` leaves the encoders out.
+        A pipeline that was given loaded then generates from embeddings only, and its `save_pretrained` leaves the
+        encoders out; one that was given by name loads them again where a prompt must be encoded.
         """
         for name in self.text_encoders:
             setattr(self.pipeline, name, None)

@@ -14,15 +14,64 @@
 
 """The embeddings of the prompts that a run will see next, and of no others."""
 
+import hashlib
 import itertools
+import json
+import tempfile
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from accelerate import PartialState
+from huggingface_hub import cached_assets_path
 from tqdm.auto import tqdm
 
 from ..data.prompt_store import PromptStore
 from .base import FlowModel
+
+
+# Part of every key: raise it when the content or layout of entries changes.
+_FORMAT = "2"
+
+
+def open_prompt_store(flow_model: FlowModel, max_gib: float) -> PromptStore:
+    """
+    The store of a model's embeddings, in the folder of assets of `huggingface_hub`, shared by all runs of this user.
+
+    Its key changes with whatever embeddings depend on besides the prompt: the text encoders and tokenizers, their dtype,
+    and the code that runs them. Nothing of a model that is loaded by name is read for it; the weights of a pipeline that
+    is given loaded are hashed once.
+
+    Args:
+        flow_model ([`FlowModel`]): text encoders of a pipeline that was given loaded are in memory.
+        max_gib (`float`): size in GiB that the folder is kept below.
+    """
+    source = flow_model.source or _hash_of_weights(flow_model)
+    parts = [
+        _FORMAT, transformers.__version__, diffusers.__version__, type(flow_model).__name__,
+        flow_model.max_sequence_length, source,
+    ]  # fmt: skip
+    folder = cached_assets_path("trl_diffusion", "prompts", "embeddings")
+    return PromptStore(folder, json.dumps(parts), max_gib)
+
+
+def _hash_of_weights(flow_model: FlowModel) -> str:
+    """Of text encoders in memory, and of what tokenizers are saved as."""
+    digest = hashlib.sha256()
+    for name, module in flow_model.text_encoders.items():
+        digest.update(f"{name} {module.config.to_json_string()}".encode())
+        for key, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for name, tokenizer in flow_model.tokenizers.items():
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            for path in sorted(Path(folder).rglob("*")):
+                if path.is_file():
+                    digest.update(f"{name} {path.name}".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 class Conditioning:
