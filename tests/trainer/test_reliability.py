@@ -474,7 +474,7 @@ class TestMovingAverage:
         make_trainer("srpo", tmp_path / "without", max_steps=1, ema_decay=None).train()
         for decay, folder in ((None, "with"), (0.9, "without")):
             trainer = make_trainer("srpo", tmp_path / folder, max_steps=2, ema_decay=decay)
-            with pytest.raises(ValueError, match=rf"was written {folder} ema_decay, but ema_decay is {decay}"):
+            with pytest.raises(ValueError, match="XX"):
                 trainer.train(resume_from_checkpoint=True)
 
 

@@ -89,6 +89,10 @@ class GroupSampler(Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    def fixed_settings(self) -> dict[str, int]:
+        """What the order of the rows depends on, besides the seed and the size of a generation batch."""
+        return {"rows of train_dataset": self.num_prompts}
+
     def __iter__(self) -> Iterator[int]:
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
@@ -149,6 +153,20 @@ class BucketSampler(Sampler[int]):
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+
+    def fixed_settings(self) -> dict[str, int | list[int]]:
+        """What the order of the rows depends on, besides the seed."""
+        sizes = [len(rows) for _, rows in sorted(self.buckets.items())]
+        if len(sizes) > 1:
+            # Buckets take turns from batch to batch.
+            return {
+                "rows of train_dataset by aspect bucket": sizes,
+                "per_device_train_batch_size x processes": self.batch_size,
+            }
+        return {
+            "rows of train_dataset": sizes[0],
+            "rows of an epoch, in whole batches of per_device_train_batch_size x processes": len(self),
+        }
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)

@@ -67,6 +67,9 @@ logger = get_logger(__name__)
 TRANSFORMER_SUBFOLDER = "transformer"
 WEIGHTS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 
+# Of a LoRA's configuration, what its weights do not depend on.
+FREE_LORA_SETTINGS = ("auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "revision")
+
 # A term of the loss, built when called: a scalar, and only then its graph.
 LossTerm = Callable[[], torch.Tensor]
 
@@ -570,6 +573,23 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         return logs
 
     # ---- Saving and resuming ----
+
+    def _fixed_settings(self) -> dict[str, Any]:
+        args = self.args
+        network = self.accelerator.unwrap_model(self.model)
+        settings = {
+            **super()._fixed_settings(),
+            "pipeline": type(self.flow.pipeline).__name__,
+            "seed": args.seed,
+            "data_seed": args.data_seed,
+            **self._sampler.fixed_settings(),
+            "peft_config": "LoRA" if isinstance(network, PeftModel) else False,
+        }
+        if isinstance(network, PeftModel):
+            for name, value in network.peft_config[network.active_adapter].to_dict().items():
+                if name not in FREE_LORA_SETTINGS:
+                    settings[f"peft_config.{name}"] = sorted(value) if isinstance(value, set) else value
+        return settings
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         output_dir = Path(self.args.output_dir if output_dir is None else output_dir)

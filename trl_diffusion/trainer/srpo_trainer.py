@@ -236,9 +236,8 @@ class SRPOTrainer(DiffusionTrainer):
         args = self.args
         index = self._global_index(len(rows))
         # Images are numbered over the whole run, so that micro-batches of any size draw the same noise.
-        first = self._micro_step * args.per_device_train_batch_size * self.accelerator.num_processes
-        numbers = [first + i for i in index]
-        self._micro_step += 1
+        numbers = [self._images_trained + i for i in index]
+        self._images_trained += args.per_device_train_batch_size * self.accelerator.num_processes
         low, high = args.sigma_range
         uniform = [
             torch.rand(args.num_landings, generator=g, device=g.device) for g in self.generators(_LANDINGS, numbers)
@@ -418,12 +417,12 @@ class SRPOTrainer(DiffusionTrainer):
 
     # ---- Resuming ----
 
-    def _extra_state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         hacking = {"best": self.hacking_callback.best, "count": self.hacking_callback.count}
-        return {**super()._extra_state(), "hacking": hacking}
+        return {**super().state_dict(), "hacking": hacking}
 
-    def _load_extra_state(self, state: dict[str, Any]) -> None:
-        super()._load_extra_state(state)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         self.hacking_callback.best = state["hacking"]["best"]
         self.hacking_callback.count = state["hacking"]["count"]
 
