@@ -472,9 +472,9 @@ class TestMovingAverage:
     def test_checkpoints_with_and_without_are_told_apart(self, tmp_path):
         make_trainer("srpo", tmp_path / "with", max_steps=1).train()
         make_trainer("srpo", tmp_path / "without", max_steps=1, ema_decay=None).train()
-        for decay, folder in ((None, "with"), (0.9, "without")):
+        for decay, other, folder in ((None, 0.9, "with"), (0.9, None, "without")):
             trainer = make_trainer("srpo", tmp_path / folder, max_steps=2, ema_decay=decay)
-            with pytest.raises(ValueError, match="XX"):
+            with pytest.raises(ValueError, match=f"ema_decay was {other} and is {decay}"):
                 trainer.train(resume_from_checkpoint=True)
 
 
