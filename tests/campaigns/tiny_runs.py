@@ -40,7 +40,9 @@ class Warmth(RewardModel):
         return length * (images[:, 0] - images[:, 2]).mean((1, 2))
 
 
-def make_trainer(kind, output_dir, trainer_class=None, reward=None, prompts=PROMPTS, peft_config=LORA, **settings):
+def make_trainer(
+    kind, output_dir, trainer_class=None, reward=None, prompts=PROMPTS, eval_dataset=None, peft_config=LORA, **settings
+):
     """
     A trainer with six steps, two micro-batches each: generations that span two steps, dropout that draws from the
     global generator, control words in turn, and a moving average of the weights.
@@ -75,6 +77,7 @@ def make_trainer(kind, output_dir, trainer_class=None, reward=None, prompts=PROM
         Warmth() if reward is None else reward,
         config,
         Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+        eval_dataset=eval_dataset,
         peft_config=peft_config,
     )
 

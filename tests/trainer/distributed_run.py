@@ -30,6 +30,7 @@ def redness(images, prompts, **columns):
 
 
 def main(output: str, settings: dict) -> None:
+    resume_from = settings.pop("resume_from", None)
     config = ChunkGRPOConfig(
         output_dir=output,
         **{
@@ -54,7 +55,7 @@ def main(output: str, settings: dict) -> None:
         dataset,
         peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_v"]),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume_from)
     trainer.save_model()
     if trainer.is_world_process_zero():
         weights = {name: p.detach().contiguous() for name, p in trainer.model.named_parameters() if p.requires_grad}

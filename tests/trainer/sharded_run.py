@@ -21,7 +21,8 @@ accelerate launch --config_file trl_diffusion/accelerate_configs/zero2.yaml --nu
 
 SIZE is the number of images that all processes together train in a micro-batch, RUNS which runs to make, one after the
 other: "srpo" trains a LoRA, "srpo_full" all weights, "srpo+ema" keeps a moving average, "srpo+resumed" goes on from the
-first checkpoint of "srpo", and "srpo+ema+resumed" from that of "srpo+ema". "srpo+kept" keeps
+first checkpoint of "srpo", "srpo+slower" as well with another learning rate, and "srpo+ema+resumed" from that of
+"srpo+ema". "srpo+kept" keeps
 FSDP2's weights gathered after a forward, in this run and those after it. "srpo+best" ends with the
 checkpoint that was evaluated best. "srpo+trapped" tries to resume when somebody has put
 code into a file of that checkpoint.
@@ -181,6 +182,9 @@ def main(folder: Path, size: int, names: list[str]) -> None:
         if "resumed" in variants:
             resume_from = folder / name.removesuffix("+resumed") / "checkpoint-1"
             settings["ds3_gather_for_rollout"] = False
+        if "slower" in variants:
+            resume_from = folder / base / "checkpoint-1"
+            settings |= {"learning_rate": 2e-3, "weight_decay": 0.1, "adam_beta1": 0.5, "adam_epsilon": 1e-5}
         run(base, folder / name, size, resume_from, **settings)
 
 

@@ -29,6 +29,8 @@ from safetensors.torch import load_file
 import trl_diffusion
 from trl_diffusion.trainer.sharding import BUCKET_SIZES, set_bucket_sizes
 
+from .sharded_run import make_trainer
+
 
 pytest.importorskip("deepspeed", reason="needs the extra 'deepspeed'")
 
@@ -38,10 +40,11 @@ RUNS = ["chunk_grpo", "srpo", "chunk_grpo_full", "srpo_full"]
 AVERAGED = ["chunk_grpo+ema", "srpo_full+ema"]
 # ZeRO-1 is ZeRO-2 but for the gradients: one run of each kind suffices.
 OF_CONFIG = {
-    "multi_gpu": [*RUNS, "srpo+ema+best"],
+    "multi_gpu": [*RUNS, "srpo+slower", "srpo+ema+best"],
     "zero1": ["srpo", "chunk_grpo_full+ema"],
     "zero2": [
         *RUNS,
+        "srpo+slower",
         "srpo_full+ema",
         "srpo_full+ema+resumed",
         "srpo_full+ema+best",
@@ -53,6 +56,7 @@ OF_CONFIG = {
         *AVERAGED,
         "chunk_grpo+resumed",
         "srpo_full+ema+resumed",
+        "srpo+slower",
         "srpo+ema+best",
         "chunk_grpo+ema+offload",
     ],
@@ -61,6 +65,7 @@ OF_CONFIG = {
         *AVERAGED,
         "chunk_grpo+resumed",
         "srpo_full+ema+resumed",
+        "srpo+slower",
         "srpo+ema+best",
         "chunk_grpo_full+ema+bf16",
         "chunk_grpo+ema+kept",
@@ -111,7 +116,7 @@ def largest_difference(a, b):
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    launch(folder, None, [*RUNS, *AVERAGED, "chunk_grpo_full+ema"])
+    launch(folder, None, [*RUNS, *AVERAGED, "chunk_grpo_full+ema", "srpo+slower"])
     return folder
 
 
@@ -154,6 +159,8 @@ def test_two_processes_equal_one(tmp_path, one_process, config):
         assert difference < (1e-5 if config == "multi_gpu" else 1e-4), run
         # The bounds mean something: the run changed the images by much more, and an average is not the weights.
         assert found["change"] > 1e-3, run
+        if variant == "slower":
+            assert largest_difference(weights(one, run), weights(one, "srpo")) > 1e-3
         if run in AVERAGED:
             assert largest_difference(weights(one, run), weights(one, run.removesuffix("+ema"))) > 1e-4
         np.testing.assert_allclose(found["images"], truth["images"], atol=1e-5)
@@ -163,7 +170,7 @@ def test_two_processes_equal_one(tmp_path, one_process, config):
                 assert (name in a) == (name in b)
                 assert name not in a or a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-6), (run, name)
     # What all processes do is shown once: two steps a run, or one where it was resumed from the first.
-    steps = sum(1 if run.endswith("+resumed") else 2 for run in runs)
+    steps = sum(1 if run.endswith(("+resumed", "+slower")) else 2 for run in runs)
     for pattern, count in {
         r"^\{'loss'": steps,
         r"^\{'train_runtime'": len(runs),
@@ -174,6 +181,9 @@ def test_two_processes_equal_one(tmp_path, one_process, config):
         ),
     }.items():
         assert len(re.findall(pattern, output, re.MULTILINE)) == count, pattern
+    if config == "zero2":
+        with pytest.raises(ValueError, match="sharding was 'ZeRO-2' and is None.*processes was 2 and is None"):
+            make_trainer("srpo", tmp_path / "whole", GLOBAL_BATCH).train(str(tmp_path / "srpo" / "checkpoint-1"))
     # So is what is saved.
     for run in set(RUNS) & set(runs):
         records = (tmp_path / run / "samples" / "step_000001" / "metadata.jsonl").read_text().splitlines()
