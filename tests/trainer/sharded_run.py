@@ -184,7 +184,7 @@ def main(folder: Path, size: int, names: list[str]) -> None:
             settings["ds3_gather_for_rollout"] = False
         if "slower" in variants:
             resume_from = folder / base / "checkpoint-1"
-            settings |= {"learning_rate": 2e-3, "weight_decay": 0.1, "adam_beta1": 0.5, "adam_epsilon": 1e-5}
+            settings |= {"learning_rate": 5e-3, "weight_decay": 0.1, "adam_beta1": 0.5, "adam_epsilon": 1e-5}
         run(base, folder / name, size, resume_from, **settings)
 
 

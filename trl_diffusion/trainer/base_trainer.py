@@ -333,6 +333,11 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         rank = self.accelerator.process_index
         return [(row // size * processes + rank) * size + row % size for row in range(count)]
 
+    @property
+    def _images_per_micro_batch(self) -> int:
+        """Over all processes."""
+        return self.args.per_device_train_batch_size * self.accelerator.num_processes
+
     def generators(self, *key: int | Sequence[int]) -> list[torch.Generator]:
         """
         One generator for each entry of the last element of `key`, seeded from the run's seed and the key: independent

@@ -216,15 +216,14 @@ class ChunkGRPOTrainer(DiffusionTrainer):
     @property
     def _images_per_generation(self) -> int:
         """How many images a generation trains, over all processes and passes."""
-        return self.args.generation_batch_size * self.args.num_iterations
+        return self._images_per_micro_batch * self.args.steps_per_generation * self.args.num_iterations
 
     def _prepare_inputs(self, inputs: list[dict[str, Any]]) -> MicroBatch:
         generation, position = divmod(self._images_trained, self._images_per_generation)
         if position == 0:
             self._generation = self._generate(inputs, generation)
-        images = self.args.per_device_train_batch_size * self.accelerator.num_processes
-        self._images_trained += images
-        return self._generation[position // images % self.args.steps_per_generation]
+        self._images_trained += self._images_per_micro_batch
+        return self._generation[position // self._images_per_micro_batch % self.args.steps_per_generation]
 
     # ---- Generation ----
 
@@ -483,8 +482,12 @@ class ChunkGRPOTrainer(DiffusionTrainer):
 
     def _fixed_settings(self) -> dict[str, Any]:
         args = self.args
-        names = ("num_generations", "generation_batch_size", "num_iterations")
-        return {**super()._fixed_settings(), **{name: vars(args)[name] for name in names}}
+        return {
+            **super()._fixed_settings(),
+            "num_generations": args.num_generations,
+            "generation_batch_size": self._images_per_micro_batch * args.steps_per_generation,
+            "num_iterations": args.num_iterations,
+        }
 
     def _rollout_settings(self) -> dict[str, Any]:
         """Settings that the states of a generation and the dynamics of a rollout depend on."""
@@ -548,7 +551,7 @@ class ChunkGRPOTrainer(DiffusionTrainer):
     def _load_process_state(self, folder: str) -> None:
         if self._images_trained % self._images_per_generation == 0:
             return
-        wanted = self._global_index(self.args.generation_batch_size // self.accelerator.num_processes)
+        wanted = self._global_index(self.args.per_device_train_batch_size * self.args.steps_per_generation)
         # The file of this process has its rows, unless the images are now cut otherwise.
         own = self._generation_file(folder, self.accelerator.process_index)
         others = sorted(Path(folder).glob("generation_*.safetensors"))

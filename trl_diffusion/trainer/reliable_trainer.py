@@ -167,7 +167,10 @@ class ReliableTrainer(Trainer):
             ),
         }
         if sharding is not None:
-            settings |= {"processes": args.world_size, "bf16": args.bf16}
+            settings["bf16"] = args.bf16
+        # FSDP2 writes the optimizer's states whole; DeepSpeed, and the average of sharded weights, a file a process.
+        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and args.ema_decay is not None):
+            settings["processes"] = args.world_size
         return settings
 
     def _schedule_settings(self) -> dict[str, Any]:

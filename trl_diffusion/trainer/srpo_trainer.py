@@ -237,7 +237,7 @@ class SRPOTrainer(DiffusionTrainer):
         index = self._global_index(len(rows))
         # Images are numbered over the whole run, so that micro-batches of any size draw the same noise.
         numbers = [self._images_trained + i for i in index]
-        self._images_trained += args.per_device_train_batch_size * self.accelerator.num_processes
+        self._images_trained += self._images_per_micro_batch
         low, high = args.sigma_range
         uniform = [
             torch.rand(args.num_landings, generator=g, device=g.device) for g in self.generators(_LANDINGS, numbers)
