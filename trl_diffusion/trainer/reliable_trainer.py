@@ -49,6 +49,7 @@ from .checkpoints import (
 from .ema import WeightAverage
 from .reward_calls import RewardError, call_reward, shown
 from .sharding import held_weights
+from .updates import FirstUpdate
 
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class ReliableTrainer(Trainer):
         self._bad_steps_in_a_row = 0
         self._skipped_steps = 0
         self._last_skip = ""
+        self._first_update: FirstUpdate | None = None
         self.weight_average: WeightAverage | None = None  # of the weights as a run has prepared them
         super().__init__(*args, **kwargs)
         self.add_callback(StepCallback(self))
@@ -181,6 +183,9 @@ class ReliableTrainer(Trainer):
         if self.args.ema_decay is not None and self.weight_average is None:
             self.weight_average = self._make_average()
         self._first_step = self.state.global_step
+        # Weights that are offloaded to NVMe are not in memory after a step.
+        in_memory = self.deepspeed is None or not self.deepspeed.zero_nvme_offload_optimizer()
+        self._first_update = FirstUpdate(self.model, self.optimizer, self.deepspeed) if in_memory else None
         self._remember_step()
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
@@ -347,6 +352,9 @@ class ReliableTrainer(Trainer):
         return Path(checkpoint) / f"ema{index}.safetensors"
 
     def _after_optimizer_step(self) -> None:
+        if self._first_update is not None:
+            skipped = self._bad_steps_in_a_row > 0 or self.accelerator.optimizer_step_was_skipped
+            self._first_update.check(skipped, self.accelerator)
         if self.weight_average is not None and self._bad_steps_in_a_row == 0:
             self.weight_average.step()
 
