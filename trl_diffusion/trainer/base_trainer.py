@@ -50,7 +50,7 @@ from ..data.prompt_cache import PromptCache
 from ..data.prompts import check_prompts
 from ..data.sampler import GroupSampler
 from ..flow import shifted_schedule, transition_coefficients
-from ..hub import check_lora_config, hub_id, save_adapter
+from ..hub import check_lora_config, check_names, hub_id, plain_network, save_adapter
 from ..models import load_flow_model, sample_latents, whole_weights
 from ..models.quantization import check_quantization, quantization_config
 from ..rewards import Reward, check_reward, load_rewards, score_images
@@ -60,6 +60,7 @@ from .evaluating import EvaluationMixin
 from .publishing import PublishingMixin
 from .reliable_trainer import ReliableTrainer
 from .sharding import gathered, keep_float32_inputs, shard_on_cpu, trains_on_several_cpu_processes
+from .updates import check_optimizer_holds, check_optimizers
 
 
 logger = get_logger(__name__)
@@ -110,6 +111,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: PeftConfig | bool | None = None,
         watch_reward_funcs: str | Reward | list[str | Reward] | None = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ):
         if args is None:
             args = self.config_class(output_dir=f"trainer_output/{self._name.lower().replace(' ', '-')}")
@@ -141,6 +143,9 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
                 f"fine-tuning), got {peft_config!r}."
             )
         full_fine_tuning = peft_config is False
+        check_optimizers(
+            optimizers, optimizer_cls_and_kwargs, full_fine_tuning and isinstance(model, DiffusionPipeline)
+        )
         if args.quantization is not None:
             if full_fine_tuning:
                 raise ValueError(
@@ -174,6 +179,12 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
                     if args.quantization is None
                     else {"quantization_config": quantization_config(args.quantization)}
                 ),
+            )
+        fused_loras = sorted(self.flow.pipeline.fused_loras)
+        if fused_loras:
+            logger.warning(
+                f"The pipeline has {fused_loras} fused into its weights. What is trained goes on top of that, and the model "
+                "card says so: whoever loads the new LoRA loads and fuses them first."
             )
         self.height = self.flow.default_size[0] if args.height is None else args.height
         self.width = self.flow.default_size[1] if args.width is None else args.width
@@ -213,6 +224,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
             set_seed(args.seed)  # the adapter's start is random; Trainer sets the seed only later
             # ZeRO-3 partitions parameters of one dtype; elsewhere the adapter is trained in float32.
             network = get_peft_model(denoiser, peft_config, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
+        check_optimizer_holds(optimizers[0], network)
 
         if args.sigma_shift is None:
             sigmas = self.flow.schedule(args.num_inference_steps, self.height, self.width)
@@ -236,6 +248,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
             eval_dataset=eval_dataset,
             callbacks=callbacks,
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         self.samples_callback = SampleImagesCallback(self.callback_handler)
         if args.log_samples:
@@ -298,6 +311,16 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GroupSampler:
         return self._sampler
+
+    @property
+    def network(self) -> nn.Module:
+        """The network that is trained, without what the training wraps around it: DDP, DeepSpeed, `torch.compile`."""
+        return self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is trained, and not all weights."""
+        return isinstance(self.network, PeftModel)
 
     # ---- Sampling ----
 
@@ -416,8 +439,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         Returns:
             `torch.Tensor` of shape `(B, 3, H, W)`, float32, in [0, 1], on the CPU.
         """
-        network = self.accelerator.unwrap_model(self.model_wrapped)
-        if adapter_fraction < 1 and not isinstance(network, PeftModel):
+        if adapter_fraction < 1 and not self.has_adapter:
             raise ValueError(
                 f"adapter_fraction={adapter_fraction} needs an adapter to switch off, but all weights are trained."
             )
@@ -461,7 +483,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
     @contextlib.contextmanager
     def adapter_off(self) -> Iterator[None]:
         """Within this context the model is the base model."""
-        with self.accelerator.unwrap_model(self.model_wrapped).disable_adapter():
+        with self.network.disable_adapter():
             yield
 
     def score(
@@ -601,34 +623,31 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         if not self.args.should_save:
             return
         output_dir.mkdir(parents=True, exist_ok=True)
-        network = self.accelerator.unwrap_model(self.model)
-        base_model = hub_id(self.model_name)
-        if isinstance(network, PeftModel):
+        network, base_model = self.network, hub_id(self.model_name)
+        if self.has_adapter:
             save_adapter(network, type(self.flow.pipeline), output_dir, state_dict=state_dict, base_model=base_model)
         else:
             folder = output_dir / TRANSFORMER_SUBFOLDER
+            state_dict = network.state_dict() if state_dict is None else state_dict
+            check_names(state_dict, plain_network(network).state_dict())
             network.save_config(folder)
-            save_torch_state_dict(
-                network.state_dict() if state_dict is None else state_dict, folder, filename_pattern=WEIGHTS_PATTERN
-            )
+            save_torch_state_dict(state_dict, folder, filename_pattern=WEIGHTS_PATTERN)
         torch.save(self.args.without_secrets(), output_dir / "training_args.bin")
 
     def _load_best_model(self) -> None:
         # The Trainer looks for a whole model under other names.
-        full = not isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
-        if full and not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
+        if not self.has_adapter and not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
             self._restart_average()
         else:
             super()._load_best_model()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        network = self.accelerator.unwrap_model(self.model if model is None else model)
-        if isinstance(network, PeftModel) or self.is_fsdp_enabled:
+        if self.has_adapter or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_torch_model(
-                network, Path(resume_from_checkpoint) / TRANSFORMER_SUBFOLDER, filename_pattern=WEIGHTS_PATTERN
+                self.network, Path(resume_from_checkpoint) / TRANSFORMER_SUBFOLDER, filename_pattern=WEIGHTS_PATTERN
             )
 
 

@@ -27,7 +27,7 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -150,11 +150,15 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         callbacks (`list[TrainerCallback]`, *optional*):
             More callbacks.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
-            Optimizer and scheduler to use.
+            Optimizer and scheduler to use, for full fine-tuning of a loaded pipeline. The weights of a LoRA, and of a
+            pipeline that the trainer loads, are made later than such an optimizer: pass `optimizer_cls_and_kwargs`.
         peft_config ([`~peft.LoraConfig`] or `False`, *optional*):
             Adapter; `None` is LoRA on the family's attention layers, `False` full fine-tuning.
         watch_reward_funcs (as `reward_funcs`, *optional*):
             Rewards that are logged and not trained, to see reward hacking.
+        optimizer_cls_and_kwargs (`tuple`, *optional*):
+            Class of an optimizer and its arguments, as `(torch.optim.SGD, {"lr": 0.1})`, in place of `args.optim`; the
+            trainer gives it the trained weights.
     """
 
     _name = "Chunk-GRPO"
@@ -173,10 +177,11 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: PeftConfig | bool | None = None,
         watch_reward_funcs: str | Reward | list[str | Reward] | None = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ):
         super().__init__(
             model, reward_funcs, args, train_dataset, eval_dataset, callbacks, optimizers, peft_config,
-            watch_reward_funcs,
+            watch_reward_funcs, optimizer_cls_and_kwargs,
         )  # fmt: skip
         args = self.args
         device = args.device
@@ -185,7 +190,7 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         self._sigmas_on_device = self.sigmas.to(device)
         self.chunk_sizes = None if args.chunk_sizes == "temporal" else args.chunk_sizes
         self.reference = None
-        if args.beta > 0 and not isinstance(self.model, PeftModel):
+        if args.beta > 0 and not self.has_adapter:
             self.reference = copy.deepcopy(self.model).requires_grad_(False).eval().to(device)
         self._generation: list[MicroBatch] | None = None
 

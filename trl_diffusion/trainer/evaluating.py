@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 
 from ..data.prompts import check_prompts
 from ..metrics.reward_metric import by_prompt, clustered_mean
@@ -88,7 +87,7 @@ class EvaluationMixin:
         prompts = [row["prompt"] for row in rows]
         columns = self._columns(rows)
         base = None
-        if isinstance(self.accelerator.unwrap_model(self.model_wrapped), PeftModel):
+        if self.has_adapter:
             # Before the adapter's, so that a subclass that keeps the last scores keeps those.
             key = tuple(dataset["prompt"])
             if key not in self._base_scores:

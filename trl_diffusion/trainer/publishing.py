@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard
-from peft import PeftModel
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
@@ -103,7 +102,6 @@ class PublishingMixin:
         if not self.is_world_process_zero():
             return
         args = self.args
-        full = not isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
         repository = self.hub_model_id or args.hub_model_id
         call = {
             "height": self.height,
@@ -126,7 +124,8 @@ class PublishingMixin:
             rewards=dict(zip(self.rewards, self.reward_weights.tolist(), strict=True)),
             watched_rewards=list(self.watched_rewards),
             settings=self._card_settings(),
-            transformer_class=type(self.flow.denoiser).__name__ if full else None,
+            fused_loras=sorted(self.flow.pipeline.fused_loras),
+            transformer_class=type(self.flow.denoiser).__name__ if not self.has_adapter else None,
             **{**defaults, **card, "call_arguments": {**call, **card.get("call_arguments", {})}},
         ).save(Path(args.output_dir) / CARD_NAME)
 
@@ -147,9 +146,8 @@ class PublishingMixin:
         }  # fmt: skip
         values = {name: value for name, value in self.args.to_dict().items() if name in names}
         values |= {"height": self.height, "width": self.width, "guidance_scale": self.guidance_scale}
-        network = self.accelerator.unwrap_model(self.model)
-        if isinstance(network, PeftModel):
-            config = network.peft_config["default"]
+        if self.has_adapter:
+            config = self.network.peft_config["default"]
             values |= {"lora_r": config.r, "lora_alpha": config.lora_alpha}
         return {name: value for name, value in values.items() if value is not None} | {
             "num_processes": self.accelerator.num_processes
@@ -262,8 +260,7 @@ class PublishingMixin:
         self.callback_handler.on_push_begin(args, self.state, self.control)
         self.save_model(_internal_call=True)
         drawn = {"samples": self._draw_gallery()} if args.log_samples else {}
-        has_adapter = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
-        if self.eval_dataset is not None and has_adapter and "metrics" not in {**self._card_arguments, **card}:
+        if self.eval_dataset is not None and self.has_adapter and "metrics" not in {**self._card_arguments, **card}:
             drawn["metrics"] = self.compare_with_base()
             drawn["metrics_note"] = (
                 f"Measured on {args.num_eval_images} images of prompts that were set aside for evaluation, with the same "
