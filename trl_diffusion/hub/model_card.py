@@ -180,9 +180,29 @@ def _usage(
         lines += [f"pipe.load_lora_weights({_literal(repository)}, weight_name={_literal(DIFFUSERS_WEIGHTS_NAME)})"]
     if base_model != EMBEDDED_MODEL:
         lines += ['pipe.to("cuda")']
-    arguments = [_literal(prompt), *(f"{name}={_literal(value)}" for name, value in call_arguments.items())]
-    lines += ["image = pipe(", *(f"    {argument}," for argument in arguments), ").images[0]"]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_call(prompt, call_arguments)])
+
+
+def _call(prompt: str, call_arguments: Mapping[str, Any], *more: str) -> list[str]:
+    arguments = [_literal(prompt), *(f"{name}={_literal(value)}" for name, value in call_arguments.items()), *more]
+    return ["image = pipe(", *(f"    {argument}," for argument in arguments), ").images[0]"]
+
+
+def _hybrid(prompt: str, call_arguments: Mapping[str, Any]) -> str:
+    """The steps of `generate(adapter_fraction=0.6)`, in the pipeline of the usage example."""
+    return "\n".join(
+        [
+            "def adapter_for_60_percent(pipe, step, timestep, tensors):",
+            "    if step + 1 == round(0.6 * pipe.num_timesteps):",
+            "        pipe.disable_lora()",
+            "    if step + 1 == pipe.num_timesteps:",
+            "        pipe.enable_lora()  # for the next image",
+            "    return tensors",
+            "",
+            "",
+            *_call(prompt, call_arguments, "callback_on_step_end=adapter_for_60_percent"),
+        ]
+    )
 
 
 def build_model_card(
@@ -339,6 +359,7 @@ def build_model_card(
             call_arguments=call_arguments or {},
             fused_loras=fused_loras,
         ),
+        hybrid=_hybrid(prompt, call_arguments or {}) if is_lora and "chunk_grpo" in papers else None,
         gallery=bool(samples),
         images={name.replace(" ", "%20"): escape(caption) for name, caption in (images or {}).items()},
         metrics=rows,

@@ -57,6 +57,7 @@ from ..rewards import Reward, check_reward, load_rewards, score_images
 from .base_config import DiffusionConfig
 from .callbacks import EpochCallback, SampleImagesCallback, Samples
 from .evaluating import EvaluationMixin
+from .measures import RunningMetrics, lora_update_norm
 from .publishing import PublishingMixin
 from .reliable_trainer import ReliableTrainer
 from .sharding import gathered, keep_float32_inputs, shard_on_cpu, trains_on_several_cpu_processes
@@ -236,6 +237,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
 
         self._card_arguments = {}
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._running_metrics = RunningMetrics()
         self._base_scores = {}
         self._seconds = defaultdict(float)
         self._images_since_log = 0
@@ -576,12 +578,25 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            metrics = self._metrics["train"]
-            logs = {**logs, **{name: _mean(values) for name, values in metrics.items()}}
-            metrics.clear()
-            logs.update(self._speed_and_memory())
-            logs["skipped_steps"] = self._skipped_steps
+            logs = {**logs, **self._take_metrics(), **self._speed_and_memory(), "skipped_steps": self._skipped_steps}
         super().log(logs, start_time)
+
+    def _take_metrics(self) -> dict[str, float]:
+        """The metrics of the training since the last log; called on every process."""
+        metrics = {name: _mean(values) for name, values in self._metrics["train"].items()}
+        self._metrics["train"].clear()
+        metrics |= self._running_metrics.take(self.accelerator)
+        norm = self._adapter_norm()
+        return metrics if norm is None else metrics | {"adapter_norm": norm}
+
+    def _adapter_norm(self) -> float | None:
+        context = contextlib.nullcontext()
+        if self.deepspeed is not None and self.deepspeed.zero_optimization_partition_weights():
+            import deepspeed
+
+            context = deepspeed.zero.GatheredParameters([p for p in self.model.parameters() if p.requires_grad])
+        with context:
+            return lora_update_norm(self.model)
 
     def _speed_and_memory(self) -> dict[str, float]:
         step, since = self._last_log

@@ -56,6 +56,7 @@ from ..rewards import Reward
 from .base_trainer import DiffusionTrainer, LossTerm
 from .checkpoints import checkpoints, why_incomplete
 from .chunk_grpo_config import ChunkGRPOConfig
+from .measures import duplicate_share, picture_digests
 from .resuming import as_saved, refuse_changed, saved_state
 
 
@@ -245,6 +246,8 @@ class ChunkGRPOTrainer(DiffusionTrainer):
             scores = self.score(self.rewards, images, prompts, columns)
             watched = self.score(self.watched_rewards, images, prompts, columns)
         advantages = self._advantages(scores, watched, prompts, generation)
+        digests = self._gather_rows(picture_digests(images)).view(-1, args.num_generations)
+        self._metrics["train"]["duplicate_images"].append(duplicate_share(digests).item())
         self._images_since_log += len(prompts)
         names = [*self.rewards, *self.watched_rewards, "advantage"]
         values = torch.cat([scores, watched, advantages[:, None]], 1)
@@ -311,16 +314,20 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         generator = torch.Generator().manual_seed(seed)
         return [steps[index] for index in draw_chunks(len(steps), args.chunk_fraction, weights, generator)]
 
+    def _gather_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """The rows `(B, ...)` of all processes, a group behind the other."""
+        # process, micro-batch, row -> micro-batch, process, row; see `GroupSampler`
+        processes, size = self.accelerator.num_processes, self.args.per_device_train_batch_size
+        gathered = self.accelerator.gather(values)
+        return gathered.view(processes, -1, size, *values.shape[1:]).transpose(0, 1).flatten(0, 2)
+
     def _advantages(
         self, scores: torch.Tensor, watched: torch.Tensor, prompts: list[str], generation: int
     ) -> torch.Tensor:
         """Advantages `(B,)` of this process's rows, from the scores `(B, R)` of all processes; logs the rewards."""
         args = self.args
         processes, size = self.accelerator.num_processes, args.per_device_train_batch_size
-
-        # process, micro-batch, row -> micro-batch, process, row; see `GroupSampler`
-        gathered = self.accelerator.gather(torch.cat([scores, watched], 1))
-        gathered = gathered.view(processes, -1, size, gathered.shape[1]).transpose(0, 1).flatten(0, 2)
+        gathered = self._gather_rows(torch.cat([scores, watched], 1))
         rewards, watched = gathered.split([scores.shape[1], watched.shape[1]], 1)
         if rewards.isnan().all():
             raise ValueError(
@@ -416,7 +423,7 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         ratio = chunk_ratio(log_probs, old)
         surrogate = clipped_surrogate(ratio, micro_batch.advantages, args.epsilon, args.epsilon_high)
         loss = surrogate.mean() / len(micro_batch.chunks)
-        self._record_ratio(micro_batch, chunk, ratio.detach(), log_probs.detach())
+        self._record_ratio(micro_batch, chunk, log_probs.detach(), old)
         return loss + self._kl_term(micro_batch, chunk, mean, std) / len(micro_batch.chunks)
 
     def _streamed_term(
@@ -428,13 +435,14 @@ class ChunkGRPOTrainer(DiffusionTrainer):
             ratio = torch.ones_like(advantages)
             if micro_batch.old_log_probs is not None:
                 log_probs = self._log_probs(model, micro_batch, chunk)
-                ratio = chunk_ratio(log_probs, micro_batch.old_log_probs[:, chunk])
-                self._record_ratio(micro_batch, chunk, ratio, log_probs)
+                old = micro_batch.old_log_probs[:, chunk]
+                ratio = chunk_ratio(log_probs, old)
+                self._record_ratio(micro_batch, chunk, log_probs, old)
             weights["log_prob"] = surrogate_log_prob_weight(ratio, advantages, args.epsilon, args.epsilon_high)
             weights["value"] = clipped_surrogate(ratio, advantages, args.epsilon, args.epsilon_high)
         log_probs, mean, std = self._transition(model, micro_batch, [step])
         if micro_batch.old_log_probs is None:
-            self._record_ratio(micro_batch, [step], torch.ones_like(advantages), log_probs.detach())
+            self._record_ratio(micro_batch, [step], log_probs.detach(), log_probs.detach())
         weighted = weights["log_prob"] * log_probs[:, 0]
         # The gradient is that of `weighted`, the value that of the chunk's loss.
         loss = (weighted - weighted.detach() + weights["value"]).mean()
@@ -455,30 +463,42 @@ class ChunkGRPOTrainer(DiffusionTrainer):
                     self.reference.to(self.flow.dtype)  # see `velocity`
                 reference_mean = self._transition(self.reference, micro_batch, steps)[1]
         kl = transition_kl(mean, reference_mean, std).mean()
-        self._metrics["train"]["kl"].append(kl.item())
+        self._running_metrics.add({"kl": kl})
         return self.args.beta * kl
 
     def _record_ratio(
-        self, micro_batch: MicroBatch, steps: list[int], ratio: torch.Tensor, log_probs: torch.Tensor
+        self, micro_batch: MicroBatch, steps: list[int], log_probs: torch.Tensor, old_log_probs: torch.Tensor
     ) -> None:
+        """Add the ratios of a chunk, or of one of its steps, to the metrics; log-probabilities `(m, cs)`."""
         args, advantages = self.args, micro_batch.advantages
-        gap = (log_probs - micro_batch.rollout_log_probs[:, steps]).abs()
-        if micro_batch.old_log_probs is not None:
-            # The policy has moved on by now; the gap is between the two ways to have the old log-probabilities.
-            gap = (micro_batch.old_log_probs - micro_batch.rollout_log_probs)[:, steps].abs()
+        log_ratio = (log_probs - old_log_probs).mean(1)
+        ratio = log_ratio.exp()
+        # Off-policy, the policy has moved on by now; the gap is between the two ways to have the old log-probabilities.
+        of_training = log_probs if micro_batch.old_log_probs is None else old_log_probs
+        gap = (of_training - micro_batch.rollout_log_probs[:, steps]).abs()
         low = (ratio < 1 - args.epsilon) & (advantages < 0)
         high = (ratio > 1 + args.epsilon_high) & (advantages > 0)
-        values = torch.stack([ratio.mean(), low.float().mean(), high.float().mean(), gap.mean()])
-        values = self.accelerator.reduce(values, reduction="mean").tolist()
-        names = ("ratio/mean", "clip_ratio/low_mean", "clip_ratio/high_mean", "rollout_logp_gap")
-        for name, value in zip(names, values, strict=True):
-            self._metrics["train"][name].append(value)
-        if values[-1] > args.epsilon:
+        self._running_metrics.add(
+            {
+                "ratio/mean": ratio.mean(),
+                "frac_off_policy": (log_ratio.abs() > 0).float().mean(),
+                "clip_ratio/low_mean": low.float().mean(),
+                "clip_ratio/high_mean": high.float().mean(),
+                "rollout_logp_gap": gap.mean(),
+            },
+            maxima={"log_ratio/abs_max": log_ratio.abs().max()},
+        )
+
+    def _take_metrics(self) -> dict[str, float]:
+        metrics = super()._take_metrics()
+        gap, epsilon = metrics.get("rollout_logp_gap", 0.0), self.args.epsilon
+        if gap > epsilon:
             logger.warning_once(
-                f"Log-probabilities of the rollout and of training differ by {values[-1]:.1e} on average, more than "
-                f"epsilon={args.epsilon:.1e}: forwards depend on the batch shape. Keep old_log_probs='recompute', or "
+                f"Log-probabilities of the rollout and of training differ by {gap:.1e} on average, more than "
+                f"epsilon={epsilon:.1e}: forwards depend on the batch shape. Keep old_log_probs='recompute', or "
                 "set rollout_batch_size=per_device_train_batch_size and chunk_gradient='streamed'."
             )
+        return metrics
 
     def _prompts_of(self, inputs: MicroBatch) -> list[str]:
         return inputs.prompts
