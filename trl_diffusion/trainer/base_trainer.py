@@ -46,6 +46,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import set_seed
 from transformers.utils import logging as transformers_logging
 
+from ..data.columns import ColumnReader
 from ..data.prompt_cache import PromptCache
 from ..data.prompts import check_prompts
 from ..data.sampler import GroupSampler
@@ -53,7 +54,7 @@ from ..flow import shifted_schedule, transition_coefficients
 from ..hub import check_lora_config, check_names, hub_id, plain_network, save_adapter
 from ..models import load_flow_model, sample_latents, whole_weights
 from ..models.quantization import check_quantization, quantization_config
-from ..rewards import Reward, check_reward, load_rewards, score_images
+from ..rewards import Reward, asks_for_column, check_reward, load_rewards, score_images
 from .base_config import DiffusionConfig
 from .callbacks import EpochCallback, SampleImagesCallback, Samples
 from .evaluating import EvaluationMixin
@@ -161,6 +162,14 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
             check_quantization(args.quantization, args.device)
         self._check_before_loading(args, train_dataset, reward_specs)
         self._sampler = self._make_sampler(args, train_dataset)
+        self._column_reader = ColumnReader(
+            lambda column: any(asks_for_column(spec, column) for spec in [*reward_specs, *watch_specs]),
+            args.process_index,
+            args.world_size,
+        )
+        train_dataset = self._column_reader.prepare(train_dataset, "train_dataset")
+        if eval_dataset is not None:
+            eval_dataset = self._column_reader.prepare(eval_dataset, "eval_dataset")
         if args.should_save:
             _check_writable(args.output_dir)
         self._check_hub(args)
@@ -504,10 +513,6 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
                     parts.append(self.call_reward(name, prompts[rows], call))
             scores.append(torch.cat(parts))
         return torch.stack(scores, 1) if scores else images.new_zeros((len(prompts), 0))
-
-    def _columns(self, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-        """The rows' columns other than the prompt, for black-box rewards."""
-        return {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
 
     def _keep_samples(self, images: torch.Tensor, prompts: list[str], values: dict[str, torch.Tensor]) -> None:
         """Hand the first images, with one value `(B,)` a name, to the callback that writes them when next logging."""

@@ -237,7 +237,7 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         """Sample, score and compare the images of a generation; returns this process's micro-batches."""
         args = self.args
         prompts = [row["prompt"] for row in rows]
-        columns = self._columns(rows)
+        columns = self._column_reader.read(rows)
         with self.timed("rollout"):
             trajectory, drawn = self._rollout(prompts, generation)
         with self.timed("decode"):

@@ -195,7 +195,7 @@ class SRPOTrainer(DiffusionTrainer):
                 f"offline_steps={args.offline_steps}, but train_dataset has no column 'image', only "
                 f"{train_dataset.column_names}. Add the images, or leave offline_steps unset."
             )
-        self.images = ImageBuckets(train_dataset) if has_images else None
+        self.images = ImageBuckets(train_dataset, args.process_index, args.world_size) if has_images else None
 
     def _make_sampler(self, args: SRPOConfig, train_dataset: Dataset) -> BucketSampler:
         return BucketSampler(
