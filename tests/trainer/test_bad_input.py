@@ -18,7 +18,7 @@ import os
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Image, Value
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from peft import LoHaConfig, LoraConfig
 
@@ -56,6 +56,8 @@ def never_loaded(*args, **kwargs):
         ({"num_iterations": 0}, "num_iterations must be at least 1"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size=True is not supported"),
         ({"height": 0}, "height must be at least 1, got 0"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config has dispatch_batches=True"),
+        ({"accelerator_config": {"split_batches": True}}, "accelerator_config has split_batches=True"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -101,6 +103,28 @@ def test_dataset(rows, error, message, make_trainer, monkeypatch):
     dataset = Dataset.from_list(rows) if rows else Dataset.from_dict({"prompt": []})
     with pytest.raises(error, match=message):
         make_trainer(train_dataset=dataset, model="never/loaded")
+
+
+def test_image_that_a_reward_asks_for(make_trainer, monkeypatch):
+    monkeypatch.setattr("trl_diffusion.trainer.base_trainer.load_flow_model", never_loaded)
+    values = [None, {"bytes": b"no image", "path": None}]
+    dataset = Dataset.from_dict(
+        {"prompt": ["a", "b"], "reference": values}, features=Features(prompt=Value("string"), reference=Image())
+    )
+
+    def likeness(images, prompts, reference):
+        return [0.0] * len(prompts)
+
+    with pytest.raises(ValueError, match="The image in row 1 of column 'reference' of train_dataset cannot be read"):
+        make_trainer(reward_funcs=likeness, train_dataset=dataset, model="never/loaded")
+
+
+def test_dataset_with_a_transform(make_trainer, train_dataset):
+    transformed = train_dataset.with_transform(lambda rows: {"prompt": [p.upper() for p in rows["prompt"]]})
+    with pytest.raises(ValueError, match=r"train_dataset has a transform.*with_format\(None\)"):
+        make_trainer(train_dataset=transformed)
+    with pytest.raises(ValueError, match="eval_dataset has a transform"):
+        make_trainer(eval_dataset=transformed)
 
 
 def test_dataset_of_another_kind(make_trainer):

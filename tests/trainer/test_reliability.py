@@ -206,6 +206,9 @@ class TestResume:
             ValueError, match="There is no whole checkpoint in .* Train without resume_from_checkpoint"
         ):
             trainer.train(resume_from_checkpoint=True)
+        with pytest.raises(ValueError, match="checkpoint-9' is no whole checkpoint: there is no such folder"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+        (tmp_path / "checkpoint-9").mkdir()
         with pytest.raises(ValueError, match="is no whole checkpoint: its list of files"):
             trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
 

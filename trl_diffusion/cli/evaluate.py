@@ -38,11 +38,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .. import shapes
+from ..data.columns import ColumnReader
 from ..data.prompts import check_prompts
 from ..evaluation import ImageGenerator, compare, markdown_table, write_report
 from ..evaluation.report import Comparison
 from ..hub.conversion import find_adapter
-from ..rewards import REWARDS, check_reward, load_rewards, score_pictures, to_pil
+from ..rewards import REWARDS, asks_for_column, check_reward, load_rewards, score_pictures, to_pil
 from .parser import CommandParser
 from .sampling import SamplingArguments, save_image, write_metadata, write_text
 
@@ -165,9 +166,10 @@ class Evaluation:
         self.args = args
         self.folder = Path(args.output_dir)
         self.adapters = adapters
-        rows = [row for row in dataset for _ in range(args.num_images_per_prompt)]
+        columns = ColumnReader(lambda column: any(asks_for_column(reward, column) for reward in args.rewards))
+        rows = [row for row in columns.prepare(dataset, "prompts") for _ in range(args.num_images_per_prompt)]
         self.prompts: list[str] = [row["prompt"] for row in rows]
-        self.columns = {name: [row[name] for row in rows] for name in dataset.column_names if name != "prompt"}
+        self.columns = columns.read(rows)
         self.seeds = [args.seed + index for index in range(len(rows))]
         self.digests = {name: self._digests(name) for name in (BASE, *adapters)}
         self.scores: dict[str, dict[str, float | None]] = {}

@@ -157,6 +157,21 @@ def is_differentiable(spec: str | Reward) -> bool:
     return issubclass(reward, RewardModel) if inspect.isclass(reward) else isinstance(reward, RewardModel)
 
 
+def asks_for_column(spec: str | Reward, column: str) -> bool:
+    """
+    Whether a reward asks for a column of the dataset, by its signature: by the name of a parameter, or with `**columns`
+    for all of them. A [`RewardModel`] asks for none. No weights are loaded.
+
+    Raises:
+        As [`is_differentiable`].
+    """
+    if is_differentiable(spec):
+        return False
+    reward = _named(spec) if isinstance(spec, str) else spec
+    parameters = inspect.signature(reward.__call__ if inspect.isclass(reward) else reward).parameters
+    return column in parameters or any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+
+
 def _named(spec: str) -> Any:
     """The class, function or reward that a specification names."""
     name = spec.partition(":")[0]
@@ -198,6 +213,7 @@ __all__ = [
     "RewardModel",
     "RewardServerError",
     "TwoTowerReward",
+    "asks_for_column",
     "check_reward",
     "is_differentiable",
     "load_reward",

@@ -359,6 +359,12 @@ class DiffusionConfig(TrainingArguments):
                 "auto_find_batch_size=True is not supported: a smaller batch would break up the groups of a prompt. "
                 "Lower per_device_train_batch_size or rollout_batch_size instead."
             )
+        for name in ("dispatch_batches", "split_batches"):
+            if vars(self.accelerator_config)[name]:
+                raise ValueError(
+                    f"accelerator_config has {name}=True, which hands out other rows than those that the trainer's order "
+                    "gives each process: the images of a prompt would no longer be one group. Leave it unset."
+                )
 
     def _check_reliability(self) -> None:
         self._check_choice("on_save_error", ("stop", "continue"))

@@ -46,20 +46,23 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import set_seed
 from transformers.utils import logging as transformers_logging
 
+from ..data.columns import ColumnReader
 from ..data.prompt_cache import PromptCache
 from ..data.prompts import check_prompts
 from ..data.sampler import GroupSampler
 from ..flow import shifted_schedule, transition_coefficients
-from ..hub import check_lora_config, hub_id, save_adapter
+from ..hub import check_lora_config, check_names, hub_id, plain_network, save_adapter
 from ..models import load_flow_model, sample_latents, whole_weights
 from ..models.quantization import check_quantization, quantization_config
-from ..rewards import Reward, check_reward, load_rewards, score_images
+from ..rewards import Reward, asks_for_column, check_reward, load_rewards, score_images
 from .base_config import DiffusionConfig
 from .callbacks import EpochCallback, SampleImagesCallback, Samples
 from .evaluating import EvaluationMixin
+from .measures import RunningMetrics, lora_update_norm
 from .publishing import PublishingMixin
 from .reliable_trainer import ReliableTrainer
 from .sharding import gathered, keep_float32_inputs, shard_on_cpu, trains_on_several_cpu_processes
+from .updates import check_optimizer_holds, check_optimizers
 
 
 logger = get_logger(__name__)
@@ -110,6 +113,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: PeftConfig | bool | None = None,
         watch_reward_funcs: str | Reward | list[str | Reward] | None = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ):
         if args is None:
             args = self.config_class(output_dir=f"trainer_output/{self._name.lower().replace(' ', '-')}")
@@ -141,6 +145,9 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
                 f"fine-tuning), got {peft_config!r}."
             )
         full_fine_tuning = peft_config is False
+        check_optimizers(
+            optimizers, optimizer_cls_and_kwargs, full_fine_tuning and isinstance(model, DiffusionPipeline)
+        )
         if args.quantization is not None:
             if full_fine_tuning:
                 raise ValueError(
@@ -155,6 +162,14 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
             check_quantization(args.quantization, args.device)
         self._check_before_loading(args, train_dataset, reward_specs)
         self._sampler = self._make_sampler(args, train_dataset)
+        self._column_reader = ColumnReader(
+            lambda column: any(asks_for_column(spec, column) for spec in [*reward_specs, *watch_specs]),
+            args.process_index,
+            args.world_size,
+        )
+        train_dataset = self._column_reader.prepare(train_dataset, "train_dataset")
+        if eval_dataset is not None:
+            eval_dataset = self._column_reader.prepare(eval_dataset, "eval_dataset")
         if args.should_save:
             _check_writable(args.output_dir)
         self._check_hub(args)
@@ -174,6 +189,12 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
                     if args.quantization is None
                     else {"quantization_config": quantization_config(args.quantization)}
                 ),
+            )
+        fused_loras = sorted(self.flow.pipeline.fused_loras)
+        if fused_loras:
+            logger.warning(
+                f"The pipeline has {fused_loras} fused into its weights. What is trained goes on top of that, and the model "
+                "card says so: whoever loads the new LoRA loads and fuses them first."
             )
         self.height = self.flow.default_size[0] if args.height is None else args.height
         self.width = self.flow.default_size[1] if args.width is None else args.width
@@ -213,6 +234,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
             set_seed(args.seed)  # the adapter's start is random; Trainer sets the seed only later
             # ZeRO-3 partitions parameters of one dtype; elsewhere the adapter is trained in float32.
             network = get_peft_model(denoiser, peft_config, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
+        check_optimizer_holds(optimizers[0], network)
 
         if args.sigma_shift is None:
             sigmas = self.flow.schedule(args.num_inference_steps, self.height, self.width)
@@ -224,6 +246,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
 
         self._card_arguments = {}
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._running_metrics = RunningMetrics()
         self._base_scores = {}
         self._seconds = defaultdict(float)
         self._images_since_log = 0
@@ -236,6 +259,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
             eval_dataset=eval_dataset,
             callbacks=callbacks,
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         self.samples_callback = SampleImagesCallback(self.callback_handler)
         if args.log_samples:
@@ -298,6 +322,16 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GroupSampler:
         return self._sampler
+
+    @property
+    def network(self) -> nn.Module:
+        """The network that is trained, without what the training wraps around it: DDP, DeepSpeed, `torch.compile`."""
+        return self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is trained, and not all weights."""
+        return isinstance(self.network, PeftModel)
 
     # ---- Sampling ----
 
@@ -416,8 +450,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         Returns:
             `torch.Tensor` of shape `(B, 3, H, W)`, float32, in [0, 1], on the CPU.
         """
-        network = self.accelerator.unwrap_model(self.model_wrapped)
-        if adapter_fraction < 1 and not isinstance(network, PeftModel):
+        if adapter_fraction < 1 and not self.has_adapter:
             raise ValueError(
                 f"adapter_fraction={adapter_fraction} needs an adapter to switch off, but all weights are trained."
             )
@@ -461,7 +494,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
     @contextlib.contextmanager
     def adapter_off(self) -> Iterator[None]:
         """Within this context the model is the base model."""
-        with self.accelerator.unwrap_model(self.model_wrapped).disable_adapter():
+        with self.network.disable_adapter():
             yield
 
     def score(
@@ -480,10 +513,6 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
                     parts.append(self.call_reward(name, prompts[rows], call))
             scores.append(torch.cat(parts))
         return torch.stack(scores, 1) if scores else images.new_zeros((len(prompts), 0))
-
-    def _columns(self, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-        """The rows' columns other than the prompt, for black-box rewards."""
-        return {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
 
     def _keep_samples(self, images: torch.Tensor, prompts: list[str], values: dict[str, torch.Tensor]) -> None:
         """Hand the first images, with one value `(B,)` a name, to the callback that writes them when next logging."""
@@ -554,12 +583,25 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            metrics = self._metrics["train"]
-            logs = {**logs, **{name: _mean(values) for name, values in metrics.items()}}
-            metrics.clear()
-            logs.update(self._speed_and_memory())
-            logs["skipped_steps"] = self._skipped_steps
+            logs = {**logs, **self._take_metrics(), **self._speed_and_memory(), "skipped_steps": self._skipped_steps}
         super().log(logs, start_time)
+
+    def _take_metrics(self) -> dict[str, float]:
+        """The metrics of the training since the last log; called on every process."""
+        metrics = {name: _mean(values) for name, values in self._metrics["train"].items()}
+        self._metrics["train"].clear()
+        metrics |= self._running_metrics.take(self.accelerator)
+        norm = self._adapter_norm()
+        return metrics if norm is None else metrics | {"adapter_norm": norm}
+
+    def _adapter_norm(self) -> float | None:
+        context = contextlib.nullcontext()
+        if self.deepspeed is not None and self.deepspeed.zero_optimization_partition_weights():
+            import deepspeed
+
+            context = deepspeed.zero.GatheredParameters([p for p in self.model.parameters() if p.requires_grad])
+        with context:
+            return lora_update_norm(self.model)
 
     def _speed_and_memory(self) -> dict[str, float]:
         step, since = self._last_log
@@ -601,34 +643,31 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         if not self.args.should_save:
             return
         output_dir.mkdir(parents=True, exist_ok=True)
-        network = self.accelerator.unwrap_model(self.model)
-        base_model = hub_id(self.model_name)
-        if isinstance(network, PeftModel):
+        network, base_model = self.network, hub_id(self.model_name)
+        if self.has_adapter:
             save_adapter(network, type(self.flow.pipeline), output_dir, state_dict=state_dict, base_model=base_model)
         else:
             folder = output_dir / TRANSFORMER_SUBFOLDER
+            state_dict = network.state_dict() if state_dict is None else state_dict
+            check_names(state_dict, plain_network(network).state_dict())
             network.save_config(folder)
-            save_torch_state_dict(
-                network.state_dict() if state_dict is None else state_dict, folder, filename_pattern=WEIGHTS_PATTERN
-            )
+            save_torch_state_dict(state_dict, folder, filename_pattern=WEIGHTS_PATTERN)
         torch.save(self.args.without_secrets(), output_dir / "training_args.bin")
 
     def _load_best_model(self) -> None:
         # The Trainer looks for a whole model under other names.
-        full = not isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
-        if full and not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
+        if not self.has_adapter and not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
             self._restart_average()
         else:
             super()._load_best_model()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        network = self.accelerator.unwrap_model(self.model if model is None else model)
-        if isinstance(network, PeftModel) or self.is_fsdp_enabled:
+        if self.has_adapter or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_torch_model(
-                network, Path(resume_from_checkpoint) / TRANSFORMER_SUBFOLDER, filename_pattern=WEIGHTS_PATTERN
+                self.network, Path(resume_from_checkpoint) / TRANSFORMER_SUBFOLDER, filename_pattern=WEIGHTS_PATTERN
             )
 
 

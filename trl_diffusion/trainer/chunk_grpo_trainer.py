@@ -27,7 +27,7 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -56,6 +56,7 @@ from ..rewards import Reward
 from .base_trainer import DiffusionTrainer, LossTerm
 from .checkpoints import checkpoints, why_incomplete
 from .chunk_grpo_config import ChunkGRPOConfig
+from .measures import duplicate_share, picture_digests
 from .resuming import as_saved, refuse_changed, saved_state
 
 
@@ -150,11 +151,15 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         callbacks (`list[TrainerCallback]`, *optional*):
             More callbacks.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
-            Optimizer and scheduler to use.
+            Optimizer and scheduler to use, for full fine-tuning of a loaded pipeline. The weights of a LoRA, and of a
+            pipeline that the trainer loads, are made later than such an optimizer: pass `optimizer_cls_and_kwargs`.
         peft_config ([`~peft.LoraConfig`] or `False`, *optional*):
             Adapter; `None` is LoRA on the family's attention layers, `False` full fine-tuning.
         watch_reward_funcs (as `reward_funcs`, *optional*):
             Rewards that are logged and not trained, to see reward hacking.
+        optimizer_cls_and_kwargs (`tuple`, *optional*):
+            Class of an optimizer and its arguments, as `(torch.optim.SGD, {"lr": 0.1})`, in place of `args.optim`; the
+            trainer gives it the trained weights.
     """
 
     _name = "Chunk-GRPO"
@@ -173,10 +178,11 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: PeftConfig | bool | None = None,
         watch_reward_funcs: str | Reward | list[str | Reward] | None = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ):
         super().__init__(
             model, reward_funcs, args, train_dataset, eval_dataset, callbacks, optimizers, peft_config,
-            watch_reward_funcs,
+            watch_reward_funcs, optimizer_cls_and_kwargs,
         )  # fmt: skip
         args = self.args
         device = args.device
@@ -185,7 +191,7 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         self._sigmas_on_device = self.sigmas.to(device)
         self.chunk_sizes = None if args.chunk_sizes == "temporal" else args.chunk_sizes
         self.reference = None
-        if args.beta > 0 and not isinstance(self.model, PeftModel):
+        if args.beta > 0 and not self.has_adapter:
             self.reference = copy.deepcopy(self.model).requires_grad_(False).eval().to(device)
         self._generation: list[MicroBatch] | None = None
 
@@ -231,7 +237,7 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         """Sample, score and compare the images of a generation; returns this process's micro-batches."""
         args = self.args
         prompts = [row["prompt"] for row in rows]
-        columns = self._columns(rows)
+        columns = self._column_reader.read(rows)
         with self.timed("rollout"):
             trajectory, drawn = self._rollout(prompts, generation)
         with self.timed("decode"):
@@ -240,6 +246,8 @@ class ChunkGRPOTrainer(DiffusionTrainer):
             scores = self.score(self.rewards, images, prompts, columns)
             watched = self.score(self.watched_rewards, images, prompts, columns)
         advantages = self._advantages(scores, watched, prompts, generation)
+        digests = self._gather_rows(picture_digests(images)).view(-1, args.num_generations)
+        self._metrics["train"]["duplicate_images"].append(duplicate_share(digests).item())
         self._images_since_log += len(prompts)
         names = [*self.rewards, *self.watched_rewards, "advantage"]
         values = torch.cat([scores, watched, advantages[:, None]], 1)
@@ -306,16 +314,20 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         generator = torch.Generator().manual_seed(seed)
         return [steps[index] for index in draw_chunks(len(steps), args.chunk_fraction, weights, generator)]
 
+    def _gather_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """The rows `(B, ...)` of all processes, a group behind the other."""
+        # process, micro-batch, row -> micro-batch, process, row; see `GroupSampler`
+        processes, size = self.accelerator.num_processes, self.args.per_device_train_batch_size
+        gathered = self.accelerator.gather(values)
+        return gathered.view(processes, -1, size, *values.shape[1:]).transpose(0, 1).flatten(0, 2)
+
     def _advantages(
         self, scores: torch.Tensor, watched: torch.Tensor, prompts: list[str], generation: int
     ) -> torch.Tensor:
         """Advantages `(B,)` of this process's rows, from the scores `(B, R)` of all processes; logs the rewards."""
         args = self.args
         processes, size = self.accelerator.num_processes, args.per_device_train_batch_size
-
-        # process, micro-batch, row -> micro-batch, process, row; see `GroupSampler`
-        gathered = self.accelerator.gather(torch.cat([scores, watched], 1))
-        gathered = gathered.view(processes, -1, size, gathered.shape[1]).transpose(0, 1).flatten(0, 2)
+        gathered = self._gather_rows(torch.cat([scores, watched], 1))
         rewards, watched = gathered.split([scores.shape[1], watched.shape[1]], 1)
         if rewards.isnan().all():
             raise ValueError(
@@ -411,7 +423,7 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         ratio = chunk_ratio(log_probs, old)
         surrogate = clipped_surrogate(ratio, micro_batch.advantages, args.epsilon, args.epsilon_high)
         loss = surrogate.mean() / len(micro_batch.chunks)
-        self._record_ratio(micro_batch, chunk, ratio.detach(), log_probs.detach())
+        self._record_ratio(micro_batch, chunk, log_probs.detach(), old)
         return loss + self._kl_term(micro_batch, chunk, mean, std) / len(micro_batch.chunks)
 
     def _streamed_term(
@@ -423,13 +435,14 @@ class ChunkGRPOTrainer(DiffusionTrainer):
             ratio = torch.ones_like(advantages)
             if micro_batch.old_log_probs is not None:
                 log_probs = self._log_probs(model, micro_batch, chunk)
-                ratio = chunk_ratio(log_probs, micro_batch.old_log_probs[:, chunk])
-                self._record_ratio(micro_batch, chunk, ratio, log_probs)
+                old = micro_batch.old_log_probs[:, chunk]
+                ratio = chunk_ratio(log_probs, old)
+                self._record_ratio(micro_batch, chunk, log_probs, old)
             weights["log_prob"] = surrogate_log_prob_weight(ratio, advantages, args.epsilon, args.epsilon_high)
             weights["value"] = clipped_surrogate(ratio, advantages, args.epsilon, args.epsilon_high)
         log_probs, mean, std = self._transition(model, micro_batch, [step])
         if micro_batch.old_log_probs is None:
-            self._record_ratio(micro_batch, [step], torch.ones_like(advantages), log_probs.detach())
+            self._record_ratio(micro_batch, [step], log_probs.detach(), log_probs.detach())
         weighted = weights["log_prob"] * log_probs[:, 0]
         # The gradient is that of `weighted`, the value that of the chunk's loss.
         loss = (weighted - weighted.detach() + weights["value"]).mean()
@@ -450,30 +463,42 @@ class ChunkGRPOTrainer(DiffusionTrainer):
                     self.reference.to(self.flow.dtype)  # see `velocity`
                 reference_mean = self._transition(self.reference, micro_batch, steps)[1]
         kl = transition_kl(mean, reference_mean, std).mean()
-        self._metrics["train"]["kl"].append(kl.item())
+        self._running_metrics.add({"kl": kl})
         return self.args.beta * kl
 
     def _record_ratio(
-        self, micro_batch: MicroBatch, steps: list[int], ratio: torch.Tensor, log_probs: torch.Tensor
+        self, micro_batch: MicroBatch, steps: list[int], log_probs: torch.Tensor, old_log_probs: torch.Tensor
     ) -> None:
+        """Add the ratios of a chunk, or of one of its steps, to the metrics; log-probabilities `(m, cs)`."""
         args, advantages = self.args, micro_batch.advantages
-        gap = (log_probs - micro_batch.rollout_log_probs[:, steps]).abs()
-        if micro_batch.old_log_probs is not None:
-            # The policy has moved on by now; the gap is between the two ways to have the old log-probabilities.
-            gap = (micro_batch.old_log_probs - micro_batch.rollout_log_probs)[:, steps].abs()
+        log_ratio = (log_probs - old_log_probs).mean(1)
+        ratio = log_ratio.exp()
+        # Off-policy, the policy has moved on by now; the gap is between the two ways to have the old log-probabilities.
+        of_training = log_probs if micro_batch.old_log_probs is None else old_log_probs
+        gap = (of_training - micro_batch.rollout_log_probs[:, steps]).abs()
         low = (ratio < 1 - args.epsilon) & (advantages < 0)
         high = (ratio > 1 + args.epsilon_high) & (advantages > 0)
-        values = torch.stack([ratio.mean(), low.float().mean(), high.float().mean(), gap.mean()])
-        values = self.accelerator.reduce(values, reduction="mean").tolist()
-        names = ("ratio/mean", "clip_ratio/low_mean", "clip_ratio/high_mean", "rollout_logp_gap")
-        for name, value in zip(names, values, strict=True):
-            self._metrics["train"][name].append(value)
-        if values[-1] > args.epsilon:
+        self._running_metrics.add(
+            {
+                "ratio/mean": ratio.mean(),
+                "frac_off_policy": (log_ratio.abs() > 0).float().mean(),
+                "clip_ratio/low_mean": low.float().mean(),
+                "clip_ratio/high_mean": high.float().mean(),
+                "rollout_logp_gap": gap.mean(),
+            },
+            maxima={"log_ratio/abs_max": log_ratio.abs().max()},
+        )
+
+    def _take_metrics(self) -> dict[str, float]:
+        metrics = super()._take_metrics()
+        gap, epsilon = metrics.get("rollout_logp_gap", 0.0), self.args.epsilon
+        if gap > epsilon:
             logger.warning_once(
-                f"Log-probabilities of the rollout and of training differ by {values[-1]:.1e} on average, more than "
-                f"epsilon={args.epsilon:.1e}: forwards depend on the batch shape. Keep old_log_probs='recompute', or "
+                f"Log-probabilities of the rollout and of training differ by {gap:.1e} on average, more than "
+                f"epsilon={epsilon:.1e}: forwards depend on the batch shape. Keep old_log_probs='recompute', or "
                 "set rollout_batch_size=per_device_train_batch_size and chunk_gradient='streamed'."
             )
+        return metrics
 
     def _prompts_of(self, inputs: MicroBatch) -> list[str]:
         return inputs.prompts

@@ -53,6 +53,7 @@ from .ema import WeightAverage
 from .resuming import OptimizerSettings, is_function_of_the_step, refuse_changed, saved_state
 from .reward_calls import RewardError, call_reward, shown
 from .sharding import held_weights
+from .updates import FirstUpdate
 
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ class ReliableTrainer(Trainer):
         self._bad_steps_in_a_row = 0
         self._skipped_steps = 0
         self._last_skip = ""
+        self._first_update: FirstUpdate | None = None
         self.weight_average: WeightAverage | None = None  # of the weights as a run has prepared them
         super().__init__(*args, **kwargs)
         self._optimizer_name = self._name_of_optimizer()
@@ -248,6 +250,9 @@ class ReliableTrainer(Trainer):
         self._first_step = self.state.global_step
         # A checkpoint has those of its own time.
         self.state.compute_steps(self.args, self.state.max_steps)
+        # Weights that are offloaded to NVMe are not in memory after a step.
+        in_memory = self.deepspeed is None or not self.deepspeed.zero_nvme_offload_optimizer()
+        self._first_update = FirstUpdate(self.model, self.optimizer, self.deepspeed) if in_memory else None
         self._remember_step()
         if self._nothing_left() and self.is_world_process_zero():
             logger.warning(
@@ -429,6 +434,9 @@ class ReliableTrainer(Trainer):
         return Path(checkpoint) / f"ema{index}.safetensors"
 
     def _after_optimizer_step(self) -> None:
+        if self._first_update is not None:
+            skipped = self._bad_steps_in_a_row > 0 or self.accelerator.optimizer_step_was_skipped
+            self._first_update.check(skipped, self.accelerator)
         if self.weight_average is not None and self._bad_steps_in_a_row == 0:
             self.weight_average.step()
 

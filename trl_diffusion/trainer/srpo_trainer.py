@@ -103,11 +103,15 @@ class SRPOTrainer(DiffusionTrainer):
         callbacks (`list[TrainerCallback]`, *optional*):
             More callbacks.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
-            Optimizer and scheduler to use.
+            Optimizer and scheduler to use, for full fine-tuning of a loaded pipeline. The weights of a LoRA, and of a
+            pipeline that the trainer loads, are made later than such an optimizer: pass `optimizer_cls_and_kwargs`.
         peft_config ([`~peft.LoraConfig`] or `False`, *optional*):
             Adapter; `None` is LoRA on the family's attention layers, `False` full fine-tuning.
         watch_reward_funcs (as `reward_funcs`, or callables, *optional*):
             Rewards that are evaluated and not trained. Reward hacking shows in them.
+        optimizer_cls_and_kwargs (`tuple`, *optional*):
+            Class of an optimizer and its arguments, as `(torch.optim.SGD, {"lr": 0.1})`, in place of `args.optim`; the
+            trainer gives it the trained weights.
     """
 
     _name = "SRPO"
@@ -125,10 +129,11 @@ class SRPOTrainer(DiffusionTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: PeftConfig | bool | None = None,
         watch_reward_funcs: str | Reward | list[str | Reward] | None = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ):
         super().__init__(
             model, reward_funcs, args, train_dataset, eval_dataset, callbacks, optimizers, peft_config,
-            watch_reward_funcs,
+            watch_reward_funcs, optimizer_cls_and_kwargs,
         )  # fmt: skip
         args = self.args
         if args.estimator != "direct_align":
@@ -190,7 +195,7 @@ class SRPOTrainer(DiffusionTrainer):
                 f"offline_steps={args.offline_steps}, but train_dataset has no column 'image', only "
                 f"{train_dataset.column_names}. Add the images, or leave offline_steps unset."
             )
-        self.images = ImageBuckets(train_dataset) if has_images else None
+        self.images = ImageBuckets(train_dataset, args.process_index, args.world_size) if has_images else None
 
     def _make_sampler(self, args: SRPOConfig, train_dataset: Dataset) -> BucketSampler:
         return BucketSampler(
