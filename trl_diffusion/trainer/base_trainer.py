@@ -623,17 +623,16 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
 
     def _fixed_settings(self) -> dict[str, Any]:
         args = self.args
-        network = self.accelerator.unwrap_model(self.model)
         settings = {
             **super()._fixed_settings(),
             "pipeline": type(self.flow.pipeline).__name__,
             "seed": args.seed,
             "data_seed": args.data_seed,
             **self._sampler.fixed_settings(),
-            "peft_config": "LoRA" if isinstance(network, PeftModel) else False,
+            "peft_config": "LoRA" if self.has_adapter else False,
         }
-        if isinstance(network, PeftModel):
-            for name, value in network.peft_config[network.active_adapter].to_dict().items():
+        if self.has_adapter:
+            for name, value in self.network.peft_config[self.network.active_adapter].to_dict().items():
                 if name not in FREE_LORA_SETTINGS:
                     settings[f"peft_config.{name}"] = sorted(value) if isinstance(value, set) else value
         return settings
