@@ -174,7 +174,7 @@ class TestRefused:
             ("srpo", {"optim": "rmsprop", "optim_args": "alpha=0.9"}, "optim_args was None and is 'alpha=0.9'"),
             ("srpo", {"ema_decay": 0.9}, "ema_decay was None and is 0.9"),
             ("chunk_grpo", {"seed": 7}, "seed was 42 and is 7"),
-            ("chunk_grpo", {"data_seed": 7}, "data_seed was None and is 7"),
+            ("chunk_grpo", {"data_seed": 7}, "data_seed was 42 and is 7"),
             (
                 "srpo",
                 {"gradient_accumulation_steps": 4},
@@ -238,8 +238,10 @@ class TestRefused:
         checkpoint = tmp_path / "checkpoint-1"
         resumed = resume("srpo", checkpoint, tmp_path / "same", max_steps=2, **settings)
         assert largest_difference(trained(whole), trained(resumed)) == 0
-        with pytest.raises(ValueError, match="learning_rate was 0.01 and is 0.001.* of ReduceLROnPlateau"):
+        with pytest.raises(ValueError, match="learning_rate was 0.01 and is 0.001.* what happened before"):
             resume("srpo", checkpoint, tmp_path / "other", max_steps=2, learning_rate=1e-3, **settings)
+        with pytest.raises(ValueError, match="lr_scheduler_type was 'reduce_lr_on_plateau' and is 'constant'"):
+            resume("srpo", checkpoint, tmp_path / "kind", **{**settings, "lr_scheduler_type": "constant"})
 
 
 class TestNothingLeft:

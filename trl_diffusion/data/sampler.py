@@ -154,18 +154,16 @@ class BucketSampler(Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def fixed_settings(self) -> dict[str, int | list[int]]:
+    def fixed_settings(self) -> dict[str, int | list[int] | None]:
         """What the order of the rows depends on, besides the seed."""
         sizes = [len(rows) for _, rows in sorted(self.buckets.items())]
-        if len(sizes) > 1:
-            # Buckets take turns from batch to batch.
-            return {
-                "rows of train_dataset by aspect bucket": sizes,
-                "per_device_train_batch_size x processes": self.batch_size,
-            }
+        several = len(sizes) > 1  # which take turns from batch to batch
         return {
-            "rows of train_dataset": sizes[0],
+            "rows of train_dataset": sizes if several else sizes[0],
             "rows of an epoch, in whole batches of per_device_train_batch_size x processes": len(self),
+            "per_device_train_batch_size x processes, with images of several shapes": (
+                self.batch_size if several else None
+            ),
         }
 
     def __iter__(self) -> Iterator[int]:

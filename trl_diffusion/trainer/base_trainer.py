@@ -627,7 +627,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
             **super()._fixed_settings(),
             "pipeline": type(self.flow.pipeline).__name__,
             "seed": args.seed,
-            "data_seed": args.data_seed,
+            "data_seed": args.seed if args.data_seed is None else args.data_seed,
             **self._sampler.fixed_settings(),
             "peft_config": "LoRA" if self.has_adapter else False,
         }

@@ -520,8 +520,9 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         names = ("num_inference_steps", "sigma_shift", "sde_type", "eta", "chunk_sizes")
         settings = {name: vars(args)[name] for name in names}
         settings |= {"height": self.height, "width": self.width, "guidance_scale": self.guidance_scale}
-        if args.chunk_sizes == "temporal":
-            settings |= {"num_chunks": args.num_chunks, "min_chunk_size": args.min_chunk_size}
+        temporal = args.chunk_sizes == "temporal"
+        settings["num_chunks"] = args.num_chunks if temporal else None
+        settings["min_chunk_size"] = args.min_chunk_size if temporal else None
         return settings
 
     def state_dict(self) -> dict[str, Any]:

@@ -50,7 +50,7 @@ from .checkpoints import (
     write_manifest,
 )
 from .ema import WeightAverage
-from .resuming import OptimizerSettings, is_function_of_the_step, refuse_changed, saved_state
+from .resuming import BY_HISTORY, OptimizerSettings, is_function_of_the_step, refuse_changed, saved_state
 from .reward_calls import RewardError, call_reward, shown
 from .sharding import held_weights
 from .updates import FirstUpdate
@@ -168,11 +168,10 @@ class ReliableTrainer(Trainer):
                 args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
             ),
         }
-        if sharding is not None:
-            settings["bf16"] = args.bf16
         # FSDP2 writes the optimizer's states whole; DeepSpeed, and the average of sharded weights, a file a process.
-        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and args.ema_decay is not None):
-            settings["processes"] = args.world_size
+        a_file_a_process = self.is_deepspeed_enabled or (self.is_fsdp_enabled and args.ema_decay is not None)
+        settings["processes"] = args.world_size if a_file_a_process else None
+        settings["bf16"] = None if sharding is None else args.bf16
         return settings
 
     def _schedule_settings(self) -> dict[str, Any]:
@@ -191,6 +190,19 @@ class ReliableTrainer(Trainer):
             saved,
             current,
             "They cannot change within a run, because the position in the data or the optimizer's states depend on them.",
+            "start a new run in another output_dir",
+        )
+        if not {state["schedule"]["lr_scheduler_type"], self._schedule_settings()["lr_scheduler_type"]}.isdisjoint(
+            BY_HISTORY
+        ):
+            self._check_schedule(checkpoint, state)
+
+    def _check_schedule(self, checkpoint: str | Path, state: dict[str, Any]) -> None:
+        refuse_changed(
+            checkpoint,
+            state["schedule"],
+            self._schedule_settings(),
+            "They cannot change where the learning rate depends on what happened before.",
             "start a new run in another output_dir",
         )
 
@@ -598,13 +610,7 @@ class ReliableTrainer(Trainer):
             return
         state = saved_state(checkpoint)
         if not is_function_of_the_step(self.lr_scheduler):
-            refuse_changed(
-                checkpoint,
-                state["schedule"],
-                self._schedule_settings(),
-                f"The learning rates of {type(self.lr_scheduler).__name__} depend on what happened before.",
-                "start a new run in another output_dir",
-            )
+            self._check_schedule(checkpoint, state)
         self._optimizer_settings.apply(self.optimizer, self.lr_scheduler)
         self.load_state_dict(state)
         self._load_process_state(checkpoint)

@@ -25,6 +25,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from .checkpoints import STATE_NAME
 
 
+# Schedules whose learning rate depends on what happened before.
+BY_HISTORY = ("reduce_lr_on_plateau", "greedy")
 # What an optimizer keeps of the settings in its groups; the rest of a group is state, which belongs to the checkpoint.
 HYPERPARAMETERS = ("lr", "initial_lr", "betas", "momentum", "eps", "weight_decay")
 
@@ -43,7 +45,7 @@ def refuse_changed(
     checkpoint: str | Path, saved: dict[str, Any], current: dict[str, Any], reason: str, remedy: str
 ) -> None:
     """
-    Refuse to resume where settings differ.
+    Refuse to resume where settings differ that both know: another release may know more of them.
 
     Args:
         checkpoint (`str` or `Path`): its folder.
@@ -57,9 +59,9 @@ def refuse_changed(
     """
     current = as_saved(current)
     changed = [
-        f"{name} was {saved.get(name)!r} and is {current.get(name)!r}"
-        for name in dict.fromkeys([*current, *saved])
-        if saved.get(name) != current.get(name)
+        f"{name} was {saved[name]!r} and is {value!r}"
+        for name, value in current.items()
+        if name in saved and saved[name] != value
     ]
     if changed:
         raise ValueError(
