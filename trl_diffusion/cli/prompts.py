@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
 from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
@@ -156,7 +155,7 @@ def _read_file(path: Path, prompt_column: str) -> Dataset:
     if ending == ".parquet":
         try:
             return load_dataset("parquet", data_files=str(path), split="train")
-        except pa.ArrowException as error:
+        except ValueError as error:
             raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
     text = _read_text(path)
     if ending == ".txt":
@@ -168,8 +167,7 @@ def _read_file(path: Path, prompt_column: str) -> Dataset:
         columns = _read_json(path, text)
     try:
         return Dataset.from_dict(columns)
-    except pa.ArrowException as error:
-        # Columns of different lengths, or with values of different types.
+    except (TypeError, ValueError) as error:  # columns of different lengths, or with values of different types
         raise ValueError(f"{str(path)!r} is no table: {error}") from error
 
 

@@ -160,7 +160,7 @@ def is_differentiable(spec: str | Reward) -> bool:
 def asks_for_column(spec: str | Reward, column: str) -> bool:
     """
     Whether a reward asks for a column of the dataset, by its signature: by the name of a parameter, or with `**columns`
-    for all of them. A [`RewardModel`] asks for none. No weights are loaded.
+    for all of them, as does a function without a signature. A [`RewardModel`] asks for none. No weights are loaded.
 
     Raises:
         As [`is_differentiable`].
@@ -168,7 +168,10 @@ def asks_for_column(spec: str | Reward, column: str) -> bool:
     if is_differentiable(spec):
         return False
     reward = _named(spec) if isinstance(spec, str) else spec
-    parameters = inspect.signature(reward.__call__ if inspect.isclass(reward) else reward).parameters
+    try:
+        parameters = inspect.signature(reward.__call__ if inspect.isclass(reward) else reward).parameters
+    except ValueError:  # a built-in function that does not tell
+        return True
     return column in parameters or any(p.kind == p.VAR_KEYWORD for p in parameters.values())
 
 

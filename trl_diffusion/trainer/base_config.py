@@ -315,6 +315,7 @@ class DiffusionConfig(TrainingArguments):
             self.resume_from_checkpoint = self.resume_from_checkpoint.lower() == "true"
         if self.deepspeed_plugin is not None:
             set_bucket_sizes(self.deepspeed_plugin)
+        self._check_data_loader()
         for name in (
             "height", "width", "num_inference_steps", "rollout_batch_size", "num_eval_images",
             "per_device_train_batch_size", "gradient_accumulation_steps",
@@ -359,12 +360,6 @@ class DiffusionConfig(TrainingArguments):
                 "auto_find_batch_size=True is not supported: a smaller batch would break up the groups of a prompt. "
                 "Lower per_device_train_batch_size or rollout_batch_size instead."
             )
-        for name in ("dispatch_batches", "split_batches"):
-            if vars(self.accelerator_config)[name]:
-                raise ValueError(
-                    f"accelerator_config has {name}=True, which hands out other rows than those that the trainer's order "
-                    "gives each process: the images of a prompt would no longer be one group. Leave it unset."
-                )
 
     def _check_reliability(self) -> None:
         self._check_choice("on_save_error", ("stop", "continue"))
@@ -386,6 +381,14 @@ class DiffusionConfig(TrainingArguments):
             if not 0 < self.ema_decay < 1:
                 raise ValueError(
                     f"ema_decay must lie in (0, 1), got {self.ema_decay}. Use None for no moving average."
+                )
+
+    def _check_data_loader(self) -> None:
+        for name in ("dispatch_batches", "split_batches"):
+            if vars(self.accelerator_config)[name]:
+                raise ValueError(
+                    f"accelerator_config has {name}=True, which hands out other rows than those that the trainer's order "
+                    "gives each process: the images of a prompt would no longer be one group. Leave it unset."
                 )
 
     def _check_sharding(self) -> None:

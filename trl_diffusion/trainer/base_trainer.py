@@ -261,9 +261,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
-        self.samples_callback = SampleImagesCallback(self.callback_handler)
-        if args.log_samples:
-            self.add_callback(self.samples_callback)
+        self.samples_callback = SampleImagesCallback(self.callback_handler) if args.log_samples else None
         # The data loader does not forward the epoch to a sampler inside accelerate's batch sampler.
         self.add_callback(EpochCallback(self._sampler))
 
@@ -516,6 +514,8 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
 
     def _keep_samples(self, images: torch.Tensor, prompts: list[str], values: dict[str, torch.Tensor]) -> None:
         """Hand the first images, with one value `(B,)` a name, to the callback that writes them when next logging."""
+        if self.samples_callback is None:
+            return
         count = self.args.num_samples_to_log
         self.samples_callback.samples = Samples(
             images=images[:count].cpu(),
