@@ -279,11 +279,14 @@ class DiffusionConfig(TrainingArguments):
     num_eval_images: int = field(default=64, metadata={"help": "Number of images that an evaluation makes."})
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+    # The rewards of each preset, which its other settings belong to: what a trainer's `reward_funcs` takes.
+    PRESET_REWARDS: ClassVar[dict[str, list[str]]] = {}
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "DiffusionConfig":
         """
-        The settings of a paper, by name; keyword arguments override them.
+        The settings of a paper, by name; keyword arguments override them. The rewards that they are meant for are
+        `PRESET_REWARDS[name]`, to be passed as `reward_funcs`.
 
         ```python
         >>> ChunkGRPOConfig.preset("dance_grpo", output_dir="out", max_steps=100).sde_type

@@ -130,8 +130,11 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         watch_specs = list(watch_specs) if isinstance(watch_specs, list | tuple) else [watch_specs]
         if not reward_specs:
             raise ValueError("reward_funcs is empty. Pass at least one reward.")
+        columns = set(train_dataset.column_names) - {"prompt"}
+        if eval_dataset is not None:
+            columns &= set(eval_dataset.column_names)
         for spec in [*reward_specs, *watch_specs]:
-            check_reward(spec)
+            check_reward(spec, columns)
         if args.reward_weights is not None and len(args.reward_weights) != len(reward_specs):
             raise ValueError(
                 f"reward_weights has {len(args.reward_weights)} values for {len(reward_specs)} reward functions. Give "

@@ -144,6 +144,10 @@ class SRPOConfig(DiffusionConfig):
             "inversion_discount": [0.60, 0.01],
         },
     }
+    PRESET_REWARDS: ClassVar[dict[str, list[str]]] = {
+        "srpo_hpsv2": ["hpsv2"],
+        "srpo_pickscore": ["pickscore:scale=0.05"],  # the paper divides by 20
+    }
 
     learning_rate: float = field(
         default=1e-4,

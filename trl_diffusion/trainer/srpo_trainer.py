@@ -226,6 +226,11 @@ class SRPOTrainer(DiffusionTrainer):
             gradient = None
             with self.on_accelerator(reward):
                 score = reward.score(images, [prompt] * len(images))
+                if score.shape not in ((len(images),), (len(images), 1)):
+                    raise ValueError(
+                        f"The reward {name!r} gave scores of shape {tuple(score.shape)} for {len(images)} images. Return one "
+                        "a image, of shape (B,)."
+                    )
                 if score.requires_grad:
                     (gradient,) = torch.autograd.grad(score.sum(), images, allow_unused=True)
             if gradient is None or not gradient.isfinite().all() or not gradient.any():
@@ -385,7 +390,7 @@ class SRPOTrainer(DiffusionTrainer):
         discount = discount_at(
             sigma, args.sigma_range, args.denoise_discount if branch == "denoise" else args.inversion_discount
         )
-        loss = recovered.new_zeros(())
+        losses = recovered.new_zeros(len(recovered))
         values = {}
         for (name, reward), weight in zip(self.rewards.items(), self.reward_weights.tolist(), strict=True):
             prompt_sets = self._reward_prompts(name, batch.prompts)
@@ -393,12 +398,14 @@ class SRPOTrainer(DiffusionTrainer):
             positive, *negatives = self.call_reward(name, batch.prompts, call)
             negative = negatives[0] if negatives else None
             preference = relative_preference(positive, negative, discount, branch, args.preference)
-            loss = loss + weight * preference_loss(preference, args.reward_threshold).mean()
+            losses = losses + weight * preference_loss(preference, args.reward_threshold)
             values[f"{label}/{name}/positive"] = positive.mean()
             if negative is not None:
                 values[f"{label}/{name}/negative"] = negative.mean()
                 values[f"{label}/{name}/difference"] = (positive - negative).mean()
+        loss = losses.mean()
         values[f"{label}/loss"] = loss
+        values[f"{label}/active"] = (losses != 0).float().mean()
         values[f"{label}/recovery_error"] = (recovered - batch.clean).abs().mean()
         values[f"{label}/clamped"] = ((images <= 0) | (images >= 1)).float().mean()
         reduced = self.accelerator.reduce(
@@ -477,4 +484,5 @@ def scores_of_prompt_sets(
     if isinstance(reward, TwoTowerReward):
         features = reward.encode_images(images)
         return [reward.score_features(features, reward.encode_texts(prompts)) for prompts in prompt_sets]
-    return [reward.score(images, prompts) for prompts in prompt_sets]
+    # A column (B, 1) would be broadcast against the discounts (B,).
+    return [reward.score(images, prompts).reshape(len(images)) for prompts in prompt_sets]
