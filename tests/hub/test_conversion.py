@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import itertools
 
 import pytest
 import torch
@@ -209,10 +210,8 @@ def test_broken_adapters_are_refused_in_one_line(tmp_path):
     save_trained(tmp_path / "sd3", "sd3")
     save_trained(tmp_path / "run")
     pipeline = tiny_flux_pipeline(seed=0)
-    for adapter, message in [
-        *broken_adapters(tmp_path / "run"),
-        (tmp_path / "sd3", "are not in the transformer of this"),
-    ]:
+    other = (tmp_path / "sd3", "are not in the transformer of this")
+    for adapter, message in itertools.chain(broken_adapters(tmp_path / "run"), [other]):
         with pytest.raises(ValueError, match=message) as refusal:
             load_adapter(pipeline, adapter, "a")
         file = next(iter(adapter.glob("*.safetensors"))) if adapter.is_dir() else adapter

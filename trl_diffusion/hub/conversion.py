@@ -56,13 +56,14 @@ def find_adapter(adapter: str | os.PathLike) -> Path:
         keys = list(content.keys())
     if any(key.startswith(PEFT_PREFIX) for key in keys):
         raise ValueError(
-            f"The adapter {str(file)!r} is in PEFT's format, not in diffusers'. {_conversion(file.parent)}"
+            f"The adapter {str(file)!r} is in PEFT's format, not in diffusers'. {_conversion(file.parent, file)}"
         )
     return file
 
 
-def _conversion(folder: Path) -> str:
-    if (folder / DIFFUSERS_WEIGHTS_NAME).is_file():
+def _conversion(folder: Path, file: Path | None) -> str:
+    beside = folder / DIFFUSERS_WEIGHTS_NAME
+    if beside.is_file() and beside != file:
         return f"Give {DIFFUSERS_WEIGHTS_NAME!r} beside it, or the folder."
     return (
         "Convert it with trl_diffusion.hub.save_adapter(peft.PeftModel.from_pretrained(pipe.transformer, "
@@ -94,7 +95,7 @@ def _locate(adapter: str | os.PathLike) -> Path:
             found = sorted(entry.name for entry in path.iterdir())
             remedy = "Give a trainer's output_dir, one of its checkpoints, or the file itself."
             if PEFT_WEIGHTS_NAME in found:
-                remedy = f"That is PEFT's format. {_conversion(path)}"
+                remedy = f"That is PEFT's format. {_conversion(path, None)}"
             raise ValueError(
                 f"The folder {str(adapter)!r} holds no {DIFFUSERS_WEIGHTS_NAME}, but {', '.join(found) or 'nothing'}. "
                 f"{remedy}"
