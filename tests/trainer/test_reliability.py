@@ -561,7 +561,7 @@ class TestTwoProcesses:
         output, _ = run.communicate(timeout=120)
         assert time.monotonic() - start < 60
         assert run.returncode != 0
-        assert "The second process dies now." in output and "exitcode  : 7" in output
+        assert "The second process dies now." in output and "exitcode  : -9" in output
         assert last_whole_checkpoint(tmp_path).name == "checkpoint-1"
 
     def test_sigterm(self, tmp_path):

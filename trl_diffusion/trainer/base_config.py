@@ -25,6 +25,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from transformers.utils.versions import require_version
 
 from .config_checks import check_types
+from .process_group import destroy_process_group_at_exit
 from .sharding import set_bucket_sizes
 
 
@@ -307,6 +308,8 @@ class DiffusionConfig(TrainingArguments):
             self.ddp_find_unused_parameters = False
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = True
+        # `TrainingArguments` makes the process group of a launched script.
+        destroy_process_group_at_exit()
         super().__post_init__()
         if self.activation_checkpointing is None:  # an older release has looked at the old name only
             self.activation_checkpointing = self.gradient_checkpointing
