@@ -48,7 +48,13 @@ def launch(config: str, ending: str) -> str | None:
         "DS_ACCELERATOR": "cpu",
     }
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configs / f"{config}.yaml")]
+        command = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(configs / f"{config}.yaml"),
+        ]
         command += ["--num_processes", "2", "--main_process_port", "0"]
         command += [str(TESTS / "campaigns" / "plain_script.py"), folder, ending]
         finished = subprocess.run(

@@ -21,12 +21,17 @@ from typing import Any, ClassVar
 
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 from transformers.utils.versions import require_version
 
-from .config_checks import check_types
+from .config_checks import check_settings_act, check_types
 from .process_group import destroy_process_group_at_exit
 from .sharding import set_bucket_sizes
+
+
+# Schedules of the learning rate that follow metric_for_best_model; older releases of transformers know the first alone.
+FOLLOWING_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")
 
 
 @dataclass
@@ -280,6 +285,8 @@ class DiffusionConfig(TrainingArguments):
     num_eval_images: int = field(default=64, metadata={"help": "Number of images that an evaluation makes."})
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+    # Of an evaluation; greater is better.
+    BEST_METRIC: ClassVar[str] = "reward"
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "DiffusionConfig":
@@ -300,6 +307,8 @@ class DiffusionConfig(TrainingArguments):
 
     def __post_init__(self):
         check_types(self, self._UNCHECKED_TYPES)
+        check_settings_act(self)
+        self._choose_best_metric()
         if self.bf16 is None:
             # On a machine without such an accelerator TrainingArguments refuses bf16.
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
@@ -357,11 +366,26 @@ class DiffusionConfig(TrainingArguments):
         if self.quantization is not None:
             self._check_choice("quantization", ("nf4", "int8"))
         self._check_sharding()
-        if self.auto_find_batch_size:
+
+    def _choose_best_metric(self) -> None:
+        """What "best" means where it is not said; transformers would take the loss, which no evaluation has."""
+        settings = {
+            "load_best_model_at_end=True": self.load_best_model_at_end,
+            "save_strategy='best'": self.save_strategy == SaveStrategy.BEST,
+            f"lr_scheduler_type={str(self.lr_scheduler_type)!r}": self.lr_scheduler_type in FOLLOWING_SCHEDULERS,
+        }
+        needing = [setting for setting, is_set in settings.items() if is_set]
+        if needing and self.eval_strategy == IntervalStrategy.NO:
             raise ValueError(
-                "auto_find_batch_size=True is not supported: a smaller batch would break up the groups of a prompt. "
-                "Lower per_device_train_batch_size or rollout_batch_size instead."
+                f"{needing[0]} needs evaluations, and eval_strategy is 'no'. Set eval_strategy='steps' and eval_steps, and "
+                "pass an eval_dataset."
             )
+        if needing and self.metric_for_best_model is None:
+            self.metric_for_best_model = self.BEST_METRIC
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            self.greater_is_better = True  # of all that an evaluation logs
+        if self.lr_scheduler_type in FOLLOWING_SCHEDULERS and self.greater_is_better and not self.lr_scheduler_kwargs:
+            self.lr_scheduler_kwargs = {"mode": "max"}  # PyTorch's default is for a loss
 
     def _check_reliability(self) -> None:
         self._check_choice("on_save_error", ("stop", "continue"))
