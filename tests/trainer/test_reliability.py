@@ -524,7 +524,7 @@ class TestTwoProcesses:
         ema_decay = 0.9 if config == "multi_gpu" else None
         run = launch(tmp_path, faults, config, save_total_limit=None, reward_retries=0, ema_decay=ema_decay)
         output, _ = run.communicate(timeout=250)
-        assert run.returncode != 0
+        assert run.returncode != 0 and "terminate called" not in output
         assert output.count("Optimizer step 2 was not applied: the loss of term 1 of 2 is nan on the prompts ['") == 1
         assert output.count("Optimizer step 3 was not applied: the gradient is not finite on the prompts ['") == 1
         assert "The reward 'warmth' failed: " in output and "the reward is out of order" in output

@@ -90,6 +90,7 @@ def launch(folder, config, runs):
         text=True,
     )
     assert finished.returncode == 0, finished.stderr[-5000:]
+    assert "terminate called" not in finished.stderr
     return finished.stdout + finished.stderr
 
 

@@ -366,6 +366,8 @@ class DiffusionConfig(TrainingArguments):
         if self.quantization is not None:
             self._check_choice("quantization", ("nf4", "int8"))
         self._check_sharding()
+        if self.optim.startswith("schedule_free"):
+            self.check_optimizer_with_modes(f"optim={self.optim.value!r}")
 
     def _choose_best_metric(self) -> None:
         """What "best" means where it is not said; transformers would take the loss, which no evaluation has."""
@@ -426,6 +428,28 @@ class DiffusionConfig(TrainingArguments):
             raise ValueError(
                 f"quantization={self.quantization!r} cannot be used with ZeRO-3 or FSDP, which shard the weights. Use "
                 "multi_gpu, ZeRO-1 or ZeRO-2, or no quantization."
+            )
+
+    def check_optimizer_with_modes(self, name: str) -> None:
+        """
+        Refuse what an optimizer with train and eval modes cannot be used with.
+
+        Args:
+            name (`str`): of the optimizer, as it was given.
+
+        Raises:
+            `ValueError`: weights are sharded, or averaged otherwise.
+        """
+        sharded = self.deepspeed_plugin is not None or self.fsdp_plugin_args is not None
+        if sharded or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            raise ValueError(
+                f"{name} has train and eval modes, which DeepSpeed and FSDP do not pass on to all weights. Use multi_gpu, or "
+                "another optimizer, e.g. optim='adamw_torch'."
+            )
+        if self.ema_decay is not None:
+            raise ValueError(
+                f"{name} averages the weights itself, so ema_decay={self.ema_decay} would average twice. Set ema_decay to "
+                "None, or use another optimizer."
             )
 
     def _check_deepspeed(self, stage: int, config: dict[str, Any]) -> None:

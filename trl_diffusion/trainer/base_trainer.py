@@ -58,7 +58,7 @@ from .base_config import DiffusionConfig
 from .callbacks import EpochCallback, SampleImagesCallback, Samples
 from .evaluating import EvaluationMixin
 from .publishing import PublishingMixin
-from .reliable_trainer import ReliableTrainer
+from .reliable_trainer import OptimizerWithModes, ReliableTrainer
 from .sharding import gathered, keep_float32_inputs, shard_on_cpu, trains_on_several_cpu_processes
 
 
@@ -155,6 +155,8 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
                     "load the pipeline with diffusers' quantization_config and leave quantization unset."
                 )
             check_quantization(args.quantization, args.device)
+        if isinstance(optimizers[0], OptimizerWithModes):
+            args.check_optimizer_with_modes(f"The optimizer {type(optimizers[0]).__name__}")
         self._check_before_loading(args, train_dataset, reward_specs)
         self._sampler = self._make_sampler(args, train_dataset)
         if args.should_save:
