@@ -37,7 +37,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import PartialState
 from accelerate.utils import is_deepspeed_available
 from datasets import Dataset
 from peft import LoraConfig
@@ -195,9 +194,3 @@ if __name__ == "__main__":
         # Gloo alone, so that nothing is compiled: the tests need no C++ compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3].split(","))
-    PartialState().wait_for_everyone()
-    # Several trainers have left threads of gloo behind, which may abort a process that ends in the usual way:
-    # https://github.com/pytorch/pytorch/issues/190489
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)

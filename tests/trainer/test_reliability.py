@@ -527,7 +527,7 @@ class TestTwoProcesses:
         ema_decay = 0.9 if config == "multi_gpu" else None
         run = launch(tmp_path, faults, config, save_total_limit=None, reward_retries=0, ema_decay=ema_decay)
         output, _ = run.communicate(timeout=250)
-        assert run.returncode != 0
+        assert run.returncode != 0 and "terminate called" not in output
         assert output.count("Optimizer step 2 was not applied: the loss of term 1 of 2 is nan on the prompts ['") == 1
         assert output.count("Optimizer step 3 was not applied: the gradient is not finite on the prompts ['") == 1
         assert "The reward 'warmth' failed: " in output and "the reward is out of order" in output
@@ -564,7 +564,7 @@ class TestTwoProcesses:
         output, _ = run.communicate(timeout=120)
         assert time.monotonic() - start < 60
         assert run.returncode != 0
-        assert "The second process dies now." in output and "exitcode  : 7" in output
+        assert "The second process dies now." in output and "exitcode  : -9" in output
         assert last_whole_checkpoint(tmp_path).name == "checkpoint-1"
 
     def test_sigterm(self, tmp_path):

@@ -95,6 +95,7 @@ def launch(folder, config, runs, processes=2):
         text=True,
     )
     assert finished.returncode == 0, finished.stderr[-5000:]
+    assert "terminate called" not in finished.stderr
     return finished.stdout + finished.stderr
 
 

@@ -207,6 +207,4 @@ def run(trainer_class: type[DiffusionTrainer], parser: CommandParser, arguments:
     else:
         trainer.save_model(training_args.output_dir)
         trainer.create_model_card(dataset_name=script_args.dataset_name)
-    # Otherwise a process may abort at its exit: https://github.com/pytorch/pytorch/issues/190489
-    trainer.accelerator.end_training()
     return 0

@@ -127,9 +127,7 @@ def load_reward(spec: str | Mapping[str, Any] | Reward, **options: Any) -> Rewar
         return spec.freeze() if isinstance(spec, RewardModel) else spec
     parsed = parse_spec(spec)
     reward = _named(parsed, spec)
-    options = checked_options(
-        spec, reward, merged_options(spec, parsed.options, options), parsed.name in WITH_PLACE
-    )
+    options = checked_options(spec, reward, merged_options(spec, parsed.options, options), parsed.name in WITH_PLACE)
     key = (parsed.name, parsed.place, *sorted(options.items()))
     if key in _LOADED:
         return _LOADED[key]
@@ -248,9 +246,7 @@ def _import(module: str, attribute: str, spec: Any) -> Any:
             f"{error}"
         ) from error
     if attribute not in vars(imported):
-        raise ValueError(
-            f"Cannot load the reward {spec!r}: there is no {attribute!r} in the module {module!r}."
-        )
+        raise ValueError(f"Cannot load the reward {spec!r}: there is no {attribute!r} in the module {module!r}.")
     return vars(imported)[attribute]
 
 

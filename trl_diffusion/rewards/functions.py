@@ -93,7 +93,9 @@ def call_function(
     sources, _ = _sources(signature, columns)
     rest = {name: value for name, value in values.items() if name not in sources.values()}
     arguments = {name: values[source] for name, source in sources.items()}
-    open_ended = {parameter.kind: name for name, parameter in signature.parameters.items() if parameter.kind not in _NAMED}
+    open_ended = {
+        parameter.kind: name for name, parameter in signature.parameters.items() if parameter.kind not in _NAMED
+    }
     if inspect.Parameter.VAR_KEYWORD in open_ended:
         arguments[open_ended[inspect.Parameter.VAR_KEYWORD]] = rest
     elif inspect.Parameter.VAR_POSITIONAL in open_ended and not sources:

@@ -109,9 +109,7 @@ def spec_text(spec: str | Mapping[str, Any]) -> str:
     return spec if isinstance(spec, str) else json.dumps(dict(spec), sort_keys=True, default=str)
 
 
-def checked_options(
-    spec: Any, reward: Any, options: Mapping[str, Any], has_place: bool
-) -> dict[str, Any]:
+def checked_options(spec: Any, reward: Any, options: Mapping[str, Any], has_place: bool) -> dict[str, Any]:
     """
     Options as the class of a reward takes them.
 
@@ -132,10 +130,14 @@ def checked_options(
     parameters = inspect.signature(reward, eval_str=True).parameters
     known = dict(list(parameters.items())[1:] if has_place else parameters)
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
-        known |= {name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in options.keys() - known.keys()}
+        known |= {
+            name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in options.keys() - known.keys()
+        }
     for name in options:
         if name not in known:
-            names = ", ".join(name for name, parameter in known.items() if parameter.kind is not parameter.VAR_POSITIONAL)
+            names = ", ".join(
+                name for name, parameter in known.items() if parameter.kind is not parameter.VAR_POSITIONAL
+            )
             raise ValueError(f"The reward {spec!r} has no option {name!r}. It has {names or 'none'}.")
     return {name: _value(spec, name, value, known[name]) for name, value in options.items()}
 

@@ -41,7 +41,7 @@ from huggingface_hub import load_torch_model, save_torch_state_dict
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import set_seed
 from transformers.utils import logging as transformers_logging
@@ -60,7 +60,7 @@ from .callbacks import EpochCallback, SampleImagesCallback, Samples
 from .evaluating import EvaluationMixin
 from .measures import RunningMetrics, lora_update_norm
 from .publishing import PublishingMixin
-from .reliable_trainer import ReliableTrainer
+from .reliable_trainer import OptimizerWithModes, ReliableTrainer
 from .sharding import gathered, keep_float32_inputs, shard_on_cpu, trains_on_several_cpu_processes
 from .updates import check_optimizer_holds, check_optimizers
 
@@ -125,6 +125,11 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         check_prompts(train_dataset, "train_dataset")
         if eval_dataset is not None:
             check_prompts(eval_dataset, "eval_dataset")
+        elif args.eval_strategy != "no":
+            raise ValueError(
+                f"eval_strategy is {args.eval_strategy.value!r}, but there is no eval_dataset. Pass one, with a column "
+                "'prompt', or set eval_strategy='no'."
+            )
         reward_specs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         watch_specs = [] if watch_reward_funcs is None else watch_reward_funcs
         watch_specs = list(watch_specs) if isinstance(watch_specs, list | tuple) else [watch_specs]
@@ -163,6 +168,8 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
                     "load the pipeline with diffusers' quantization_config and leave quantization unset."
                 )
             check_quantization(args.quantization, args.device)
+        if isinstance(optimizers[0], OptimizerWithModes):
+            args.check_optimizer_with_modes(f"The optimizer {type(optimizers[0]).__name__}")
         self._check_before_loading(args, train_dataset, reward_specs)
         self._sampler = self._make_sampler(args, train_dataset)
         self._column_reader = ColumnReader(
@@ -206,6 +213,9 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         with whole_weights():
             self.rewards = load_rewards(reward_specs)
             self.watched_rewards = load_rewards(watch_specs)
+        if args.metric_for_best_model is None and any(isinstance(c, EarlyStoppingCallback) for c in callbacks or []):
+            args.metric_for_best_model, args.greater_is_better = args.BEST_METRIC, True
+        self._check_best_metric(args, full_fine_tuning)
         weights = [1.0] * len(self.rewards) if args.reward_weights is None else args.reward_weights
         self.reward_weights = torch.tensor(weights, dtype=torch.float32)
 
@@ -293,6 +303,20 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         """Checks of a subclass that need no weights."""
 
     # ---- Set-up ----
+
+    def _check_best_metric(self, args: DiffusionConfig, full_fine_tuning: bool) -> None:
+        if args.metric_for_best_model is None:
+            return
+        scores = self._evaluation_names()
+        names = [*scores]
+        if not full_fine_tuning:
+            names += [f"base/{name}" for name in scores]
+            names += [f"win_rate/{name.removesuffix('/mean')}" for name in scores]
+        if args.metric_for_best_model.removeprefix("eval_") not in names:
+            raise ValueError(
+                f"metric_for_best_model={args.metric_for_best_model!r} is not among the metrics of an evaluation. Choose "
+                f"one of {', '.join(names)}."
+            )
 
     def _default_peft_config(self) -> LoraConfig:
         # r, alpha and initialisation of Flow-GRPO's LoRA for FLUX and Stable Diffusion 3

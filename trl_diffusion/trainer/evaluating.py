@@ -112,6 +112,14 @@ class EvaluationMixin:
         gathered = self.accelerator.gather(torch.stack(list(scores.values()), 1))[:total]
         return dict(zip(scores, gathered.unbind(1), strict=True))
 
+    def _evaluation_names(self) -> list[str]:
+        """The names of what `_evaluation_scores` gives."""
+        return [
+            "reward",
+            *(f"rewards/{name}/mean" for name in self.rewards),
+            *(f"watch/{name}/mean" for name in self.watched_rewards),
+        ]
+
     def _evaluation_scores(
         self, images: torch.Tensor, prompts: list[str], columns: dict[str, list[Any]]
     ) -> dict[str, torch.Tensor]:

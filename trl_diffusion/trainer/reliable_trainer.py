@@ -23,12 +23,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object, save_fsdp_model, save_fsdp_optimizer
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -67,7 +69,22 @@ SIGTERM_STATUS = 128 + signal.SIGTERM
 # Holds room on the disk for a small file that must not fail, whatever becomes of the others.
 RESERVE_NAME, RESERVE_BYTES = "reserve", 2**16
 
+# The weights at which an optimizer with modes trains; the other files of a checkpoint have those that it averages.
+TRAINED_NAME = "trained.safetensors"
+
 T = TypeVar("T")
+
+
+@runtime_checkable
+class OptimizerWithModes(Protocol):
+    """
+    An optimizer that takes gradients at other weights, in train mode, than it is evaluated at, in eval mode, as
+    [schedule-free](https://huggingface.co/papers/2405.15682) ones do.
+    """
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
 
 
 class StepCallback(TrainerCallback):
@@ -114,6 +131,7 @@ class ReliableTrainer(Trainer):
         self._last_skip = ""
         self._first_update: FirstUpdate | None = None
         self.weight_average: WeightAverage | None = None  # of the weights as a run has prepared them
+        self._in_train_mode = False  # whether the weights are those at which an optimizer with modes trains
         super().__init__(*args, **kwargs)
         self._optimizer_name = self._name_of_optimizer()
         self.add_callback(StepCallback(self))
@@ -248,6 +266,7 @@ class ReliableTrainer(Trainer):
         if resume_from_checkpoint:
             self._check_settings(Path(resume_from_checkpoint), saved_state(resume_from_checkpoint))
         self._saved_step = None
+        self._in_train_mode = False
         self._bad_losses, self._step_prompts = [], []
         self.weight_average = None
         try:
@@ -257,6 +276,9 @@ class ReliableTrainer(Trainer):
             self.is_in_train = False  # `Trainer` leaves it set where a run ends early
 
     def _begin_run(self) -> None:
+        if self._optimizer_with_modes is not None:
+            self._optimizer_with_modes.train()
+            self._in_train_mode = True
         if self.args.ema_decay is not None and self.weight_average is None:
             self.weight_average = self._make_average()
         self._first_step = self.state.global_step
@@ -453,8 +475,36 @@ class ReliableTrainer(Trainer):
             self.weight_average.step()
 
     def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
-        """Within this context the weights are their moving average, where `ema_decay` is set."""
-        return contextlib.nullcontext() if self.weight_average is None else self.weight_average.applied()
+        """
+        Within this context the weights are their moving average, where `ema_decay` is set, or those of the eval mode of an
+        optimizer that has modes.
+        """
+        if self.weight_average is not None:
+            return self.weight_average.applied()
+        return self._eval_mode() if self._in_train_mode else contextlib.nullcontext()
+
+    @property
+    def _optimizer_with_modes(self) -> OptimizerWithModes | None:
+        """The optimizer, where it has modes."""
+        optimizer = self.optimizer
+        if isinstance(optimizer, AcceleratedOptimizer):  # which has the methods whatever it wraps
+            optimizer = optimizer.optimizer
+        return optimizer if isinstance(optimizer, OptimizerWithModes) else None
+
+    @contextlib.contextmanager
+    def _eval_mode(self) -> Iterator[None]:
+        """Within this context an optimizer with modes is in eval mode; afterwards the weights are as they were."""
+        weights = held_weights(self.model, self.deepspeed).tensors()
+        # The way to the other weights and back rounds, and a run must not depend on when it was evaluated or saved.
+        before = {name: weight.detach().clone() for name, weight in weights.items()}
+        self._optimizer_with_modes.eval()
+        self._in_train_mode = False
+        try:
+            yield
+        finally:
+            self._optimizer_with_modes.train()
+            self._in_train_mode = True
+            _copy_weights(weights, before)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         with self.averaged_weights(), self._save_errors_noted():
@@ -467,6 +517,7 @@ class ReliableTrainer(Trainer):
     def _restart_average(self) -> None:
         """After the best model was loaded: let the average be that of its checkpoint, which was evaluated."""
         average = self.weight_average
+        self._in_train_mode = False  # the file has the weights of the eval mode
         if average is None:
             return
         if average.weights.sharded:
@@ -596,6 +647,10 @@ class ReliableTrainer(Trainer):
             super()._save_rng_state(output_dir)
             if average is not None and (average.weights.sharded or self.args.should_save):
                 average.save(self._average_file(output_dir))
+            if self._in_train_mode and self.args.should_save:
+                weights = held_weights(self.model, self.deepspeed).tensors()
+                weights = {name: weight.detach().contiguous() for name, weight in weights.items()}
+                save_file(weights, os.path.join(output_dir, TRAINED_NAME))
             self._save_process_state(output_dir)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
@@ -614,9 +669,18 @@ class ReliableTrainer(Trainer):
         self._optimizer_settings.apply(self.optimizer, self.lr_scheduler)
         self.load_state_dict(state)
         self._load_process_state(checkpoint)
+        if self._optimizer_with_modes is not None:
+            weights = held_weights(self.model, self.deepspeed).tensors()
+            _copy_weights(weights, load_file(Path(checkpoint) / TRAINED_NAME))
         if self.args.ema_decay is not None:
             self.weight_average = self._make_average()
             self.weight_average.load(self._average_file(checkpoint))
+
+
+@torch.no_grad()
+def _copy_weights(to: dict[str, torch.Tensor], source: dict[str, torch.Tensor]) -> None:
+    for name, tensor in to.items():
+        tensor.copy_(source[name])
 
 
 def _all_finite(gradients: list[torch.Tensor]) -> torch.Tensor:

@@ -127,6 +127,7 @@ class SRPOConfig(DiffusionConfig):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*DiffusionConfig._VALID_DICT_FIELDS, "positive_words", "negative_words"]
 
     _UNCHECKED_TYPES = ("positive_words", "negative_words")
+    BEST_METRIC = "objective"
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         # https://huggingface.co/papers/2509.06942
         "srpo_hpsv2": {

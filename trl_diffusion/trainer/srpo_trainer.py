@@ -440,6 +440,9 @@ class SRPOTrainer(DiffusionTrainer):
 
     # ---- Evaluation ----
 
+    def _evaluation_names(self) -> list[str]:
+        return ["objective", *super()._evaluation_names()]
+
     @torch.no_grad()
     def _evaluation_scores(
         self, images: torch.Tensor, prompts: list[str], columns: dict[str, list[Any]]
