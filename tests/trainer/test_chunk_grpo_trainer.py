@@ -441,9 +441,8 @@ class TestAdapter:
 
         pipeline = tiny_flux_pipeline(seed=0)
         pipeline.load_lora_weights(str(tmp_path / "out"), weight_name="pytorch_lora_weights.safetensors")
-        noise = trainer.flow.draw_noise(1, 32, 32, generator)
         image = pipeline(
-            "a cat", height=32, width=32, num_inference_steps=6, guidance_scale=3.5, latents=noise, output_type="pt",
+            "a cat", height=32, width=32, num_inference_steps=6, guidance_scale=3.5, generator=generator, output_type="pt",
             max_sequence_length=trainer.flow.max_sequence_length,
         ).images  # fmt: skip
         assert torch.allclose(image, expected, atol=1e-5)

@@ -143,14 +143,12 @@ class ImageGenerator:
             adapter_fraction if adapter is not None else 1.0,
             self._adapter_off,
         ):
-            yield self.flow.decode(latents, self.height, self.width).cpu()
+            yield self.flow.decode(latents).cpu()
 
     def _velocity(
         self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        return self.flow.velocity(
-            self.flow.denoiser, latents, sigma, conditioning, self.guidance_scale, self.height, self.width
-        )
+        return self.flow.velocity(self.flow.denoiser, latents, sigma, conditioning, self.guidance_scale)
 
     @contextlib.contextmanager
     def _adapter_off(self) -> Iterator[None]:

@@ -367,14 +367,12 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         sigma: torch.Tensor,
         conditioning: dict[str, torch.Tensor],
         guidance_scale: float | None = None,
-        size: tuple[int, int] | None = None,
     ) -> torch.Tensor:
         """
         The one forward of rollout and training: velocity `(B, ...)`, float32, at latents and sigma `(B,)`, at the
-        trainer's guidance and size (height, width) unless others are given.
+        trainer's guidance unless another is given.
         """
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        height, width = (self.height, self.width) if size is None else size
         # Once the training has begun, DeepSpeed has converted the weights and FSDP2 converts them; elsewhere autocast does.
         if self.deepspeed is not None:
             self.flow.dtype = next(self.deepspeed.module.parameters()).dtype
@@ -384,7 +382,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         ):
             self.flow.dtype = self.accelerator.state.fsdp_plugin.mixed_precision_policy.param_dtype
         with self.compute_loss_context_manager():
-            return self.flow.velocity(model, latents, sigma, conditioning, guidance_scale, height, width)
+            return self.flow.velocity(model, latents, sigma, conditioning, guidance_scale)
 
     def _global_index(self, count: int) -> list[int]:
         """The place among the images of all processes of each of this process's rows, see [`GroupSampler`]."""
@@ -415,17 +413,14 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         return randn_tensor(tuple(like.shape), generator=generators, device=like.device, dtype=like.dtype)
 
     def draw_initial_noise(self, generators: list[torch.Generator]) -> torch.Tensor:
-        """Noise `(B, ...)`, float32, as the network sees it, one generator a sample."""
+        """Noise `(B, ...)`, float32, in the latents' layout, one generator a sample."""
         return self.flow.draw_noise(len(generators), self.height, self.width, generators, self.args.device)
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images `(B, 3, H, W)` in [0, 1], float32, without gradient, decoded `rollout_batch_size` at a time."""
-        height, width = (self.height, self.width) if size is None else size
         with self.on_accelerator(self.flow.vae):
-            return torch.cat(
-                [self.flow.decode(part, height, width) for part in latents.split(self.rollout_batch_size)]
-            )
+            return torch.cat([self.flow.decode(part) for part in latents.split(self.rollout_batch_size)])
 
     @property
     def frozen_modules(self) -> list[nn.Module]:

@@ -50,7 +50,6 @@ class CleanBatch:
 
     Attributes:
         prompts (`list[str]` of length B): plain prompts.
-        size (`tuple[int, int]`): height and width in pixels.
         clean (`torch.Tensor` of shape `(B, ...)`): clean latents, float32.
         noise (`torch.Tensor` of shape `(B, ...)`): noise prior.
         sigmas (`torch.Tensor` of shape `(L, B)`): noise levels of the L landings.
@@ -60,7 +59,6 @@ class CleanBatch:
     """
 
     prompts: list[str]
-    size: tuple[int, int]
     clean: torch.Tensor
     noise: torch.Tensor
     sigmas: torch.Tensor
@@ -272,7 +270,7 @@ class SRPOTrainer(DiffusionTrainer):
             clean = self.flow.encode_image(images)
         noise = self.randn(self.generators(_FRESH_NOISE, numbers), clean)
         self._images_since_log += len(rows)
-        return CleanBatch(prompts, size, clean, noise, sigmas, {}, [])
+        return CleanBatch(prompts, clean, noise, sigmas, {}, [])
 
     def _online_batch(self, prompts: list[str], numbers: list[int], sigmas: torch.Tensor) -> CleanBatch:
         """Images of the current policy, with the noise they were made from."""
@@ -298,7 +296,7 @@ class SRPOTrainer(DiffusionTrainer):
         noise = initial if args.noise_prior == "rollout" else self.randn(fresh_generators, clean)
         renoisings = args.draft_renoisings - 1 if args.estimator == "draft" else 0
         fresh_noise = [self.randn(fresh_generators, clean) for _ in range(renoisings)]
-        return CleanBatch(prompts, (self.height, self.width), clean, noise, sigmas, trajectory.states, fresh_noise)
+        return CleanBatch(prompts, clean, noise, sigmas, trajectory.states, fresh_noise)
 
     def _start_steps(self) -> list[int]:
         """The sampling steps whose states the estimator starts from, the same on every process."""
@@ -353,7 +351,7 @@ class SRPOTrainer(DiffusionTrainer):
         conditioning = self.prompt_cache.get(batch.prompts, batch.clean.device)
 
         def velocity(latents, sigma_in):
-            return self.velocity(model, latents, sigma_in, conditioning, size=batch.size)
+            return self.velocity(model, latents, sigma_in, conditioning)
 
         recovered = direct_align_pass(velocity, batch.clean, batch.noise, sigma, self.args.delta_sigma, branch)
         return self._preference_term(recovered, batch, sigma, branch, branch) / num_passes
@@ -386,7 +384,7 @@ class SRPOTrainer(DiffusionTrainer):
     ) -> torch.Tensor:
         """Loss of a pass, logged as `label`: the rewards' preference for the recovered images, mean over the batch."""
         args = self.args
-        images = self.flow.decode(recovered, *batch.size)
+        images = self.flow.decode(recovered)
         discount = discount_at(
             sigma, args.sigma_range, args.denoise_discount if branch == "denoise" else args.inversion_discount
         )
