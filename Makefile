@@ -15,7 +15,7 @@ help:
 	@echo "make demo-srpo  the same with SRPO, to demo-srpo/"
 	@echo "make test       run the whole test suite"
 	@echo "make docs       build the documentation site into site/"
-	@echo "make campaigns  kill runs, fill disks, draw random settings and start every configuration, most of an hour"
+	@echo "make campaigns  kill runs, fill disks, draw random settings and start every configuration, some hours"
 	@echo "make lint       check style and formatting"
 	@echo "make format     repair style and formatting"
 	@echo "make clean      remove .venv and build leftovers"
@@ -49,6 +49,7 @@ campaigns: $(INSTALLED_ALL)
 	PYTHONPATH=tests $(BIN)/python tests/campaigns/configs.py --configs 2000
 	PYTHONPATH=tests $(BIN)/python tests/campaigns/launchers.py
 	PYTHONPATH=tests $(BIN)/python tests/campaigns/full_disk.py
+	PYTHONPATH=tests $(BIN)/python tests/campaigns/exits.py --launches 100
 
 lint: $(INSTALLED_ALL)
 	$(BIN)/ruff check .

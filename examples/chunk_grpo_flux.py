@@ -104,8 +104,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trainer.create_model_card(dataset_name=script.dataset_name)
     if args.push_to_hub:
         trainer.push_to_hub()
-    # Otherwise a process may abort at its exit: https://github.com/pytorch/pytorch/issues/190489
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

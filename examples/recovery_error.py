@@ -58,7 +58,7 @@ def recover_images(num_images: int, seed: int = 0) -> tuple[torch.Tensor, dict[s
     noise = flow.draw_noise(num_images, SIZE, SIZE, torch.Generator().manual_seed(seed))
 
     def velocity(latents, sigma, step=None):
-        return flow.velocity(flow.denoiser, latents, sigma, conditioning, GUIDANCE, SIZE, SIZE)
+        return flow.velocity(flow.denoiser, latents, sigma, conditioning, GUIDANCE)
 
     schedule = shifted_schedule(NUM_STEPS).float()
     clean = rollout(velocity, noise, schedule, transition_coefficients(schedule, None)).clean
@@ -75,8 +75,8 @@ def recover_images(num_images: int, seed: int = 0) -> tuple[torch.Tensor, dict[s
             ),
             strict=True,
         ):
-            recovered[method][level] = flow.decode(result, SIZE, SIZE)
-    return flow.decode(clean, SIZE, SIZE), recovered
+            recovered[method][level] = flow.decode(result)
+    return flow.decode(clean), recovered
 
 
 def errors(images: torch.Tensor, recovered: dict[str, dict[float, torch.Tensor]]) -> dict[str, dict[float, float]]:

@@ -132,7 +132,7 @@ def test_the_family_of_the_page_is_that_of_the_package_without_guidance(reader):
     latents = actual.draw_noise(2, 16, 32, torch.Generator().manual_seed(0))
     sigma = torch.tensor([0.9, 0.3])
     velocities = [
-        model.velocity(model.denoiser, latents, sigma, model.encode_prompt(["a cat", "a dog"]), 1.0, 16, 32)
+        model.velocity(model.denoiser, latents, sigma, model.encode_prompt(["a cat", "a dog"]), 1.0)
         for model in (actual, expected)
     ]
     torch.testing.assert_close(*velocities, rtol=0, atol=1e-6)

@@ -26,6 +26,7 @@ from trl_diffusion.rewards import RewardModel
 
 
 PROMPTS = ["a cat", "a dog", "a bird", "a fish", "a house on a hill", "rain"]
+LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["to_q", "to_v"])
 TRAINERS = {"chunk_grpo": ChunkGRPOTrainer, "srpo": SRPOTrainer}
 
 
@@ -39,7 +40,9 @@ class Warmth(RewardModel):
         return length * (images[:, 0] - images[:, 2]).mean((1, 2))
 
 
-def make_trainer(kind, output_dir, trainer_class=None, reward=None, prompts=PROMPTS, **settings):
+def make_trainer(
+    kind, output_dir, trainer_class=None, reward=None, prompts=PROMPTS, eval_dataset=None, peft_config=LORA, **settings
+):
     """
     A trainer with six steps, two micro-batches each: generations that span two steps, dropout that draws from the
     global generator, control words in turn, and a moving average of the weights.
@@ -74,7 +77,8 @@ def make_trainer(kind, output_dir, trainer_class=None, reward=None, prompts=PROM
         Warmth() if reward is None else reward,
         config,
         Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
-        peft_config=LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["to_q", "to_v"]),
+        eval_dataset=eval_dataset,
+        peft_config=peft_config,
     )
 
 

@@ -40,6 +40,19 @@ def test_batches_of_all_processes_come_from_one_bucket_and_no_row_twice(buckets,
         assert len({buckets[row] for row in rows[start : start + size]}) == 1
 
 
+@given(
+    buckets=st.lists(st.integers(0, 1), min_size=8, max_size=30), cuts=st.tuples(*[st.integers(1, 4)] * 4),
+    seed=st.integers(0, 5),
+)  # fmt: skip
+def test_equal_fixed_settings_give_equal_rows_however_they_are_cut(buckets, cuts, seed):
+    try:
+        one, two = (BucketSampler(buckets, *cut, seed) for cut in (cuts[:2], cuts[2:]))
+    except ValueError:
+        return  # too few rows for a batch
+    if one.fixed_settings() == two.fixed_settings():
+        assert list(one) == list(two)
+
+
 def test_epochs_differ_and_repeat():
     sampler = BucketSampler([0, 1] * 10, 2, 1, seed=0)
     first = list(sampler)

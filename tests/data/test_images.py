@@ -15,6 +15,7 @@
 """Images of a dataset: which can be used, how they are sorted, and the pixels that come of them."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from trl_diffusion.data.images import RATIOS, ImageBuckets
+from trl_diffusion.data.images import RATIOS, ImageBuckets, check_pictures, open_picture
 
 
 def dataset_of(images, **columns):
@@ -44,6 +45,20 @@ def encoded(image, format="PNG", **options):
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return {"bytes": buffer.getvalue(), "path": None}
+
+
+def exif_block(*entries):
+    """EXIF data with entries (tag, type, count, value), as a camera might write them, well or not."""
+    values, directory = b"", struct.pack("<H", len(entries))
+    for tag, kind, count, value in entries:
+        if len(value) > 4:
+            value, values = struct.pack("<L", 8 + 2 + 12 * len(entries) + 4 + len(values)), values + value
+        directory += struct.pack("<HHL", tag, kind, count) + value.ljust(4, b"\0")
+    return b"Exif\0\0II*\0" + struct.pack("<L", 8) + directory + struct.pack("<L", 0) + values
+
+
+ON_ITS_SIDE = (274, 3, 1, struct.pack("<H", 6))  # to be turned by 90 degrees clockwise
+RESOLUTION = (282, 10, 1, struct.pack("<ll", -1, 0))  # a signed rational that is no number; it ends exif_transpose
 
 
 def loaded(buckets, size=(32, 32)):
@@ -114,14 +129,39 @@ class TestFiles:
         with pytest.raises(ValueError, match="Row 1 of train_dataset has no image"):
             ImageBuckets(dataset_of([encoded(picture()), None]))
 
-    @pytest.mark.parametrize("format", ["PNG", "JPEG"])
-    def test_truncated_file_names_its_row_when_it_is_loaded(self, format):
+    @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF", "GIF"])
+    def test_file_that_is_cut_inside_its_pixels_is_found_at_the_start(self, format):
         whole = encoded(picture(200, 200), format)
         cut = {"bytes": whole["bytes"][: len(whole["bytes"]) // 2], "path": None}
-        buckets = ImageBuckets(dataset_of([whole, whole, cut]))
-        assert buckets.load([buckets.dataset[1]], (32, 32)).shape == (1, 3, 32, 32)
-        with pytest.raises(ValueError, match="The image in row 2 of train_dataset cannot be read: OSError"):
-            buckets.load([buckets.dataset[1], buckets.dataset[2]], (32, 32))
+        assert len(ImageBuckets(dataset_of([whole])).bucket_of_row) == 1
+        with pytest.raises(ValueError, match="The image in row 2 of train_dataset cannot be read: .*Replace the file"):
+            ImageBuckets(dataset_of([whole, whole, cut]))
+
+    def test_all_rows_that_cannot_be_used_are_named(self):
+        whole, cut = encoded(picture()), {"bytes": encoded(picture())["bytes"][:200], "path": None}
+        with pytest.raises(ValueError, match="in row 1 of .* In all, 3 rows have images that cannot be used: 1, 3, 4"):
+            ImageBuckets(dataset_of([whole, cut, whole, {"bytes": b"", "path": None}, None, whole]))
+
+    def test_file_that_breaks_during_the_training_names_its_row(self, tmp_path):
+        path = tmp_path / "image.png"
+        picture(200, 200).save(path)
+        dataset = Dataset.from_dict({"prompt": ["a"], "image": [str(path)]}).cast_column("image", ImageFeature())
+        buckets = ImageBuckets(dataset)
+        path.write_bytes(path.read_bytes()[:1000])
+        with pytest.raises(ValueError, match="The image in row 0 of train_dataset cannot be read: OSError"):
+            loaded(buckets)
+
+    def test_picture_of_too_many_pixels_names_its_row(self, monkeypatch):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)
+        with pytest.raises(ValueError, match="The image in row 0 of .* cannot be read: DecompressionBombError"):
+            ImageBuckets(dataset_of([encoded(picture(40, 40))]))
+
+    def test_images_for_rewards_are_read_and_may_be_missing(self):
+        cut = {"bytes": encoded(picture())["bytes"][:200], "path": None}
+        dataset = dataset_of([encoded(picture()), None, cut]).cast_column("image", ImageFeature(decode=False))
+        check_pictures(dataset.select([0, 1]), "image", "eval_dataset")
+        with pytest.raises(ValueError, match="The image in row 2 of column 'image' of eval_dataset cannot be read"):
+            check_pictures(dataset, "image", "eval_dataset")
 
     def test_files_on_disk(self, tmp_path):
         picture(32, 32).save(tmp_path / "image.png")
@@ -142,10 +182,105 @@ class TestFiles:
     def test_rows_are_those_of_the_dataset_as_given(self):
         whole = encoded(picture(200, 200))
         cut = {"bytes": whole["bytes"][:1000], "path": None}
-        dataset = dataset_of([cut, whole, whole]).select([1, 0, 2])
-        buckets = ImageBuckets(dataset)
         with pytest.raises(ValueError, match="row 1 of"):
-            loaded(buckets)
+            ImageBuckets(dataset_of([cut, whole, whole]).select([1, 0, 2]))
+
+    @pytest.mark.parametrize("format", ["torch", "numpy"])
+    def test_the_format_of_the_dataset_does_not_matter(self, format):
+        buckets = ImageBuckets(dataset_of([encoded(picture(32, 32))]).with_format(format))
+        assert torch.equal(loaded(buckets)[0], torch.from_numpy(pixels(32, 32)).permute(2, 0, 1) / 255)
+
+
+class TestPhotographs:
+    """What cameras, phones and scanners write."""
+
+    @pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF", "MPO"])
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_orientation(self, format, orientation):
+        """The first row and column of the file are shown at these sides (EXIF 2.32, 4.6.4)."""
+        array = pixels(64, 32)
+        if format == "MPO":
+            array = np.kron(pixels(4, 2), np.ones((16, 16, 1), np.uint8))  # survives JPEG
+        exif = Image.Exif()
+        exif[274] = orientation
+        options = {"WEBP": {"lossless": True}, "MPO": {"quality": 100, "subsampling": 0}}.get(format, {})
+        buckets = ImageBuckets(dataset_of([encoded(Image.fromarray(array), format, exif=exif, **options)]))
+        shown = array.transpose(1, 0, 2) if orientation >= 5 else array
+        if orientation in (3, 4, 7, 8):  # the first row is at the bottom, or the first column's
+            shown = shown[::-1]
+        if orientation in (2, 3, 6, 7):
+            shown = shown[:, ::-1]
+        assert RATIOS[buckets.bucket_of_row[0]] == (1 / 2 if orientation >= 5 else 2)
+        images = loaded(buckets, shown.shape[:2])
+        expected = torch.from_numpy(shown.copy()).permute(2, 0, 1) / 255
+        torch.testing.assert_close(images[0], expected, rtol=0, atol=0.02 if format == "MPO" else 1e-6)
+
+    @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+    def test_a_rational_that_is_no_number_does_no_harm(self, format):
+        if format == "TIFF":  # whose own directory has the resolution, and which Pillow does not write so
+            image = encoded(picture(64, 32), format, exif=exif_block(ON_ITS_SIDE), dpi=(72, 72))
+            entry = image["bytes"].index(struct.pack("<HHL", *RESOLUTION[:1], 5, 1))
+            (value,) = struct.unpack_from("<L", image["bytes"], entry + 8)
+            file = bytearray(image["bytes"])
+            file[entry + 2 : entry + 4], file[value : value + 8] = struct.pack("<H", 10), RESOLUTION[3]
+            image["bytes"] = bytes(file)
+        else:
+            image = encoded(picture(64, 32), format, exif=exif_block(ON_ITS_SIDE, RESOLUTION))
+        buckets = ImageBuckets(dataset_of([image]))
+        assert RATIOS[buckets.bucket_of_row[0]] == 1 / 2
+        shown = picture(64, 32).transpose(Image.Transpose.ROTATE_270)
+        expected = torch.from_numpy(np.array(shown)).permute(2, 0, 1) / 255
+        # In the lossy formats, noise; the wrong way round it is 0.33.
+        assert (loaded(buckets, (64, 32))[0] - expected).abs().mean() < 0.2
+
+    @pytest.mark.parametrize(
+        "exif",
+        [
+            exif_block((274, 2, 2, b"6\0")),
+            exif_block((274, 2, 20, b"Horizontal (normal)\0")),
+            exif_block((274, 3, 1, b"\0\0")),
+            exif_block((274, 3, 1, b"\x09\0")),
+            exif_block((274, 5, 1, bytes(8))),
+            exif_block((274, 7, 1, b"\6")),
+            exif_block((274, 99, 1, b"\6")),
+            exif_block((274, 3, 0, b"")),
+            exif_block(ON_ITS_SIDE)[:16],
+            b"Exif\0\0no EXIF at all",
+            b"Exif\0\0II*\0\1",
+        ],
+        ids=["text", "words", "0", "9", "0/0", "bytes", "kind", "none", "cut", "other", "short"],
+    )
+    def test_an_orientation_that_says_nothing(self, exif):
+        buckets = ImageBuckets(dataset_of([encoded(picture(64, 32), "PNG", exif=exif)]))
+        assert RATIOS[buckets.bucket_of_row[0]] == 2
+        expected = torch.from_numpy(pixels(64, 32)).permute(2, 0, 1) / 255
+        assert torch.equal(loaded(buckets, (32, 64))[0], expected)
+
+    @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])
+    def test_of_several_frames_the_first(self, format):
+        frames = [Image.new("RGB", (32, 32), color) for color in ((200, 0, 0), (0, 200, 0))]
+        options = {"lossless": True} if format == "WEBP" else {}
+        image = encoded(frames[0], format, save_all=True, append_images=frames[1:], **options)
+        images = loaded(ImageBuckets(dataset_of([image])))
+        torch.testing.assert_close(images[0, :, 0, 0], torch.tensor([200, 0, 0]) / 255, rtol=0, atol=0.02)
+
+    def test_cmyk_jpeg_as_pillow_shows_it(self):
+        image = encoded(Image.new("RGB", (32, 32), (200, 40, 10)).convert("CMYK"), "JPEG", quality=100)
+        images = loaded(ImageBuckets(dataset_of([image])))
+        torch.testing.assert_close(images[0, :, 0, 0], torch.tensor([200, 40, 10]) / 255, rtol=0, atol=0.02)
+
+    def test_colour_profiles_are_not_applied(self):
+        from PIL import ImageCms
+
+        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+        buckets = ImageBuckets(dataset_of([encoded(picture(32, 32), icc_profile=profile)]))
+        assert torch.equal(loaded(buckets)[0], torch.from_numpy(pixels(32, 32)).permute(2, 0, 1) / 255)
+
+    def test_a_picture_for_a_reward_keeps_its_mode(self):
+        image = picture(64, 32).convert("LA")
+        shown = open_picture(encoded(image, "PNG", exif=exif_block(ON_ITS_SIDE, RESOLUTION)))
+        assert shown.mode == "LA" and shown.size == (32, 64)
+        assert np.array_equal(np.array(shown), np.array(image.transpose(Image.Transpose.ROTATE_270)))
 
 
 class TestBuckets:
@@ -165,16 +300,6 @@ class TestBuckets:
             assert height % 16 == width % 16 == 0
             assert height * width == pytest.approx(512 * 512, rel=0.05)
             assert width / height == pytest.approx(RATIOS[bucket], rel=0.05)
-
-    def test_an_image_on_its_side_counts_as_it_is_shown(self):
-        exif = Image.Exif()
-        exif[274] = 6  # to be turned by 90 degrees clockwise
-        lying = encoded(picture(64, 32), "JPEG", exif=exif, quality=100, subsampling=0)
-        buckets = ImageBuckets(dataset_of([lying]))
-        assert RATIOS[buckets.bucket_of_row[0]] == 1 / 2
-        shown = picture(64, 32).transpose(Image.Transpose.ROTATE_270)
-        expected = torch.from_numpy(np.array(shown)).permute(2, 0, 1) / 255
-        assert (loaded(buckets, (64, 32))[0] - expected).abs().mean() < 0.02  # JPEG; the wrong way round it is 0.33
 
 
 class TestPixels:

@@ -13,15 +13,17 @@
 # limitations under the License.
 
 import copy
+import dataclasses
 import json
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import EvaConfig, IA3Config, LoraConfig, LoraRuntimeConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 from trl_diffusion.hub import check_lora_config, save_adapter
+from trl_diffusion.hub.adapter import EXPORTABLE_FIELDS
 
 
 TARGET_MODULES = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_mlp", "proj_out"]
@@ -56,10 +58,12 @@ def plain_pipeline(transformer: FluxTransformer2DModel) -> FluxPipeline:
 
 def trained_model(transformer: FluxTransformer2DModel, **config) -> PeftModel:
     """A LoRA whose B matrices are not zero, as if trained."""
-    model = get_peft_model(transformer, LoraConfig(target_modules=TARGET_MODULES, **config)).eval()
+    config = LoraConfig(**{"target_modules": TARGET_MODULES, **config})
+    check_lora_config(config)
+    model = get_peft_model(transformer, config).eval()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "magnitude" in name:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
     return model
 
@@ -85,9 +89,34 @@ CONFIGS = {
     "rslora": {"r": 4, "lora_alpha": 12, "use_rslora": True},
     "patterns": {"r": 4, "lora_alpha": 8, "rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_k": 3}},
 }
+# One for each of the other fields that may be set.
+VARIANTS = {
+    "patterns of full names": {
+        "use_rslora": True,
+        "rank_pattern": {r"^transformer_blocks\.0\.attn\.to_q": 2},
+        "alpha_pattern": {r"^transformer_blocks\.0\.attn\.to_q": 3, "ff.net.2": 1},
+    },
+    "dropout": {"lora_dropout": 0.3},
+    "dora": {"use_dora": True},
+    "bias of B": {"lora_bias": True},
+    "fan_in_fan_out": {"fan_in_fan_out": True},
+    "no start at 0": {"init_lora_weights": False},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal", "r": 4},
+    "all-linear": {"target_modules": "all-linear"},
+    "expression": {"target_modules": r".*attn\.to_[qk]"},
+    "excluded": {"exclude_modules": ["to_k", "proj_out"]},
+    "one layer": {"layers_to_transform": [0]},
+    "one pattern of layers": {
+        "target_modules": ["to_q"],
+        "layers_to_transform": [0],
+        "layers_pattern": "single_transformer_blocks",
+    },
+    "offloaded computation": {"runtime_config": LoraRuntimeConfig(ephemeral_gpu_offload=True)},
+}
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.mark.parametrize("config", [*CONFIGS.values(), *VARIANTS.values()], ids=[*CONFIGS, *VARIANTS])
 def test_plain_pipeline_with_the_adapter_is_the_trained_model(tmp_path, config):
     base = tiny_transformer()
     trained = trained_model(copy.deepcopy(base), **config)
@@ -97,7 +126,7 @@ def test_plain_pipeline_with_the_adapter_is_the_trained_model(tmp_path, config):
     pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
 
     wanted = output(trained)
-    assert (wanted - output(base)).abs().max() > 1e-2  # the adapter does something
+    assert (wanted - output(base)).abs().max() > 3e-3  # the adapter does something
     torch.testing.assert_close(output(pipeline.transformer), wanted, rtol=0, atol=1e-6)
 
 
@@ -107,7 +136,7 @@ def test_peft_reads_the_adapter_back(tmp_path, config):
     trained = trained_model(copy.deepcopy(base), **config)
     save_adapter(trained, FluxPipeline, tmp_path)
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
-    torch.testing.assert_close(output(loaded), output(trained), rtol=0, atol=0)
+    torch.testing.assert_close(output(loaded), output(trained), rtol=0, atol=1e-6)
 
 
 def test_state_dict_that_is_passed_in_is_saved_and_not_the_live_parameters(tmp_path):
@@ -151,6 +180,20 @@ def test_saving_leaves_the_model_as_it_was_and_tells_no_local_path(tmp_path):
         (LoraConfig(bias="all"), "bias='all'.*bias='none'"),
         (LoraConfig(modules_to_save=["proj_out"]), "proj_out.*target_modules"),
         (LoraConfig(init_lora_weights="pissa"), "pissa.*gaussian"),
+        (LoraConfig(init_lora_weights="eva", eva_config=EvaConfig()), "'eva'.*needs data.*gaussian"),
+        (
+            LoraConfig(inference_mode=True),
+            "inference_mode=True: the adapter would not be trained.*inference_mode=False",
+        ),
+        (LoraConfig(target_parameters=["proj_out.weight"]), "target_parameters.*cannot take.*target_modules instead"),
+        (
+            LoraConfig(trainable_token_indices=[1]),
+            r"trainable_token_indices=\[1\].*Leave trainable_token_indices unset",
+        ),
+        (LoraConfig(layer_replication=[(0, 1)]), r"layer_replication=\[\(0, 1\)\].*cannot be loaded by diffusers"),
+        (LoraConfig(alora_invocation_tokens=[1]), r"alora_invocation_tokens=\[1\]"),
+        (LoraConfig(use_qalora=True), "use_qalora=True.*Use use_qalora=False"),
+        (LoraConfig(megatron_config={"a": 1}), "megatron_config"),
     ],
 )
 def test_what_diffusers_cannot_load_is_refused(config, message):
@@ -160,3 +203,25 @@ def test_what_diffusers_cannot_load_is_refused(config, message):
 
 def test_an_ordinary_lora_config_is_accepted():
     assert check_lora_config(LoraConfig(r=8, lora_alpha=16, init_lora_weights="gaussian")) is None
+
+
+def test_all_variants_are_decided():
+    """Every field of the installed PEFT that may be set was tried above; any value of the others is refused."""
+    tried = {name for config in [*CONFIGS.values(), *VARIANTS.values()] for name in config}
+    filled_in = {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
+    assert EXPORTABLE_FIELDS - filled_in == tried | {"target_modules"}
+    for field in dataclasses.fields(LoraConfig):
+        if field.name not in EXPORTABLE_FIELDS:
+            config = LoraConfig()
+            setattr(config, field.name, "something")  # as kasa_config, of which older releases know nothing
+            with pytest.raises(ValueError, match=f"{field.name}='something'"):
+                check_lora_config(config)
+
+
+def test_names_that_users_networks_have_not_are_not_written(tmp_path):
+    base = tiny_transformer()
+    base.transformer_blocks[0] = torch.compile(base.transformer_blocks[0], backend="eager")
+    message = r"'transformer_blocks\.0\._orig_mod\.attn\.to_.*' and more.*pass the trainer the plain one"
+    with pytest.raises(ValueError, match=message):
+        save_adapter(trained_model(base), FluxPipeline, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -12,11 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import itertools
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_flux_pipeline, tiny_sd3_pipeline
 
@@ -159,6 +161,78 @@ def test_adapter_of_another_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="must end in .safetensors"):
         export_comfyui(tmp_path / "a.safetensors", tmp_path / "b.bin")
     assert not (tmp_path / "b.safetensors").exists()
+
+
+def broken_adapters(folder):
+    """Files that are no LoRA of the tiny FLUX, and what is said of each."""
+    file = folder / "pytorch_lora_weights.safetensors"
+    with safe_open(file, framework="pt") as content:
+        metadata = content.metadata()
+    tensors = load_file(file)
+    layer = "transformer.transformer_blocks.0.attn.to_k"
+    elsewhere = {name.replace("transformer_blocks.0", "transformer_blocks.7"): t for name, t in tensors.items()}
+    wider = {name: torch.cat([t, t], 1 if "lora_A" in name else 0) for name, t in tensors.items()}
+    written = {
+        "one layer more": ({**elsewhere, **tensors}, "of its 10 layers 5 are not in the transformer"),
+        "another width": (wider, "LoRA of another model: its layer .* is of 64 to 64 features, .* of 32 to 32"),
+        "no B": (
+            {k: t for k, t in tensors.items() if k != f"{layer}.lora_B.weight"},
+            "not whole: .*blocks.0.attn.to_k",
+        ),
+        "another rank": ({k: t[:2] if "lora_A" in k else t for k, t in tensors.items()}, "do not make a pair"),
+        "not finite": ({k: t * torch.nan for k, t in tensors.items()}, "not finite, as in 'single_transformer_blocks"),
+        "no LoRA": (tiny_flux_pipeline().transformer.state_dict(), "changes nothing in the transformer"),
+        "PEFT's": (
+            load_file(folder / "adapter_model.safetensors"),
+            "is in PEFT's format.*Convert it with .*save_adapter",
+        ),
+    }
+    for name, (content, message) in written.items():
+        (folder / name).mkdir()
+        content = {key: tensor.clone() for key, tensor in content.items()}
+        save_file(content, folder / name / file.name, metadata=metadata)
+        yield folder / name, message
+    data = file.read_bytes()
+    for name, content in {"cut": data[: len(data) // 2], "empty": b"", "text": b"version https://git-lfs" * 9}.items():
+        (folder / name).mkdir()
+        (folder / name / file.name).write_bytes(content)
+        yield folder / name, "cannot be read: .*not written or downloaded whole. Get it again"
+    (folder / "wrong metadata").mkdir()
+    save_file(tensors, folder / "wrong metadata" / file.name, metadata={"lora_adapter_metadata": "{"})
+    yield folder / "wrong metadata", "no whole LoRA in a format that diffusers knows"
+    yield folder / "adapter_model.safetensors", "PEFT's format.*Give 'pytorch_lora_weights.safetensors' beside it"
+    (folder / "only PEFT's").mkdir()
+    (folder / "adapter_model.safetensors").rename(folder / "only PEFT's" / "adapter_model.safetensors")
+    yield folder / "only PEFT's", "holds no pytorch_lora_weights.safetensors, but adapter_model.*Convert it with"
+
+
+def test_broken_adapters_are_refused_in_one_line(tmp_path):
+    save_trained(tmp_path / "sd3", "sd3")
+    save_trained(tmp_path / "run")
+    pipeline = tiny_flux_pipeline(seed=0)
+    other = (tmp_path / "sd3", "are not in the transformer of this")
+    for adapter, message in itertools.chain(broken_adapters(tmp_path / "run"), [other]):
+        with pytest.raises(ValueError, match=message) as refusal:
+            load_adapter(pipeline, adapter, "a")
+        file = next(iter(adapter.glob("*.safetensors"))) if adapter.is_dir() else adapter
+        assert str(file.parent) in str(refusal.value) and "\n" not in str(refusal.value)
+    load_adapter(pipeline, tmp_path / "run", "a")  # the others left nothing behind
+
+
+def test_commands_refuse_a_file_before_they_load_the_model(tmp_path, capsys):
+    save_trained(tmp_path)
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    for command, *arguments in (
+        ["merge", "--model_name_or_path", "no/model", "--output_dir", "x"],
+        ["generate", "--model_name_or_path", "no/model", "--prompt", "a cat"],
+        ["export", "--output", str(tmp_path / "x.safetensors")],
+    ):
+        with pytest.raises(SystemExit) as end:
+            main([command, *arguments, "--adapter", str(tmp_path)])
+        assert end.value.code == 2
+        assert f"error: The adapter {str(tmp_path / 'pytorch_lora_weights.safetensors')!r} cannot be read" in (
+            " ".join(capsys.readouterr().err.split())
+        )
 
 
 @pytest.mark.parametrize(

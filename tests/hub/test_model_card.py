@@ -16,8 +16,10 @@ import ast
 import re
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 
+from trl_diffusion import ChunkGRPOConfig, ChunkGRPOTrainer, shapes
 from trl_diffusion.hub import build_model_card
 from trl_diffusion.hub.model_card import PAPERS, escape, hub_id
 
@@ -25,8 +27,12 @@ from trl_diffusion.hub.model_card import PAPERS, escape, hub_id
 NASTY = "a \"red\" 'circle' ```\n---\n</code><script>alert(1)</script> | {{ 7 * 7 }} : # [x](y) *b* ~~~"
 
 
+def code_blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)\n```", text, flags=re.DOTALL)
+
+
 def code_block(card: ModelCard) -> str:
-    return re.search(r"```python\n(.*?)\n```", card.text, flags=re.DOTALL).group(1)
+    return code_blocks(card.text)[0]
 
 
 def test_card_of_a_lora_says_what_the_hub_needs():
@@ -156,8 +162,11 @@ def test_no_name_or_prompt_can_break_the_card(field):
     loaded = ModelCard(str(card))
     assert loaded.data.tags[-1] == NASTY
     assert loaded.text.strip() == card.text.strip()  # the metadata block ends where it should
-    assert "<script>" not in card.text.replace(code_block(card), "")
-    ast.parse(code_block(card))
+    outside = card.text
+    for code in code_blocks(card.text):
+        outside = outside.replace(code, "")
+        ast.parse(code)
+    assert "<script>" not in outside
     assert card.text.count("```") % 2 == 0
     assert len(re.findall(r"^## Citations$", card.text, flags=re.MULTILINE)) == 1
     for line in card.text.splitlines():
@@ -172,6 +181,52 @@ def test_prompt_of_the_example_is_the_prompt():
     calls = [node for node in ast.walk(ast.parse(code_block(card))) if isinstance(node, ast.Call)]
     strings = [arg.value for call in calls for arg in call.args if isinstance(arg, ast.Constant)]
     assert prompt.replace("\t", " ") in strings
+
+
+def test_the_examples_draw_what_the_trainer_draws(tmp_path):
+    """The adapter, and the hybrid, twice: the second image must begin with the adapter again."""
+    config = ChunkGRPOConfig(
+        output_dir=str(tmp_path),
+        height=32,
+        width=32,
+        num_inference_steps=6,
+        sigma_shift=None,  # the pipeline's own schedule, as in the card
+        num_generations=2,
+        per_device_train_batch_size=2,
+        chunk_sizes=[5],
+        max_steps=2,
+        learning_rate=0.05,
+        lr_scheduler_type="constant",
+        save_strategy="no",
+        log_samples=False,
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = ChunkGRPOTrainer("shapes", "shapes-judge", config, shapes.load_dataset("train"))
+    trainer.train()
+    trainer.save_model()
+    usage, hybrid = code_blocks((tmp_path / "README.md").read_text(encoding="utf-8"))
+    names = {"torch": torch}
+
+    def draw(code):
+        seeded = code.replace(
+            ").images", '    output_type="pt",\n    generator=torch.Generator().manual_seed(7),\n).images'
+        )
+        exec(seeded.replace("path/to/this/folder", str(tmp_path)), names)
+        return names["image"]
+
+    prompts = trainer.train_dataset["prompt"][:1]
+    aligned, half, base = (trainer.generate(prompts, [7], fraction)[0] for fraction in (1.0, 0.6, 0.0))
+    assert min((aligned - half).abs().max(), (half - base).abs().max()) > 0.01
+    for code, expected in ((usage, aligned), (hybrid, half), (hybrid, half)):
+        torch.testing.assert_close(draw(code), expected, rtol=0, atol=1e-5)
+    drawn = draw(usage.partition("image = ")[1] + usage.partition("image = ")[2])
+    torch.testing.assert_close(drawn, aligned, rtol=0, atol=1e-5)
+
+
+def test_the_hybrid_is_that_of_a_lora_trained_with_chunk_grpo():
+    for more in ({"papers": ["srpo"]}, {"transformer_class": "FluxTransformer2DModel"}):
+        assert "disable_lora" not in str(build_model_card(model_name="x", pipeline_class="FluxPipeline", **more))
 
 
 def test_escape_keeps_plain_text():

@@ -95,7 +95,7 @@ def test_the_embedded_world():
     flow_model.check_size(*flow_model.default_size)
     assert flow_model.max_sequence_length == 12
     images = torch.rand(1, 3, 32, 32)
-    assert flow_model.decode(flow_model.encode_image(images), 32, 32).shape == images.shape
+    assert flow_model.decode(flow_model.encode_image(images)).shape == images.shape
 
 
 def test_loaded_pipelines():

@@ -14,6 +14,7 @@
 
 """Specifications, and weights that are missing, broken, dangerous or of another model."""
 
+import functools
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from transformers import BertConfig, BertModel
 from trl_diffusion.rewards import (
     REWARDS,
     RewardModel,
+    asks_for_column,
     check_reward,
     load_reward,
     load_rewards,
@@ -102,6 +104,23 @@ def test_the_recogniser_is_found():
     assert reward_name(reward) == "ocr" and reward.recognizer is re.findall
     with pytest.raises(ValueError, match="no 'nothing' in the module 're'"):
         load_reward("ocr:re.nothing")
+
+
+@pytest.mark.parametrize(
+    ("spec", "asks"),
+    [
+        (lambda images, prompts: [], False),
+        (lambda images, prompts, photo: [], True),
+        (lambda images, prompts, *, photo=None: [], True),
+        (lambda images, prompts, **columns: [], True),
+        (functools.partial(lambda images, prompts, photo, scale: [], scale=2), True),
+        (max, True),
+        ("hpsv2", False),
+        ("remote:http://127.0.0.1:8000", True),
+    ],
+)
+def test_columns_that_a_reward_asks_for(spec, asks):
+    assert asks_for_column(spec, "photo") == asks
 
 
 def test_options_need_a_name():

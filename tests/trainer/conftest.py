@@ -44,7 +44,16 @@ def make_trainer(tmp_path, train_dataset):
     def make(family="flux", reward_funcs=redness, **settings):
         arguments = {
             name: settings.pop(name)
-            for name in ("peft_config", "watch_reward_funcs", "eval_dataset", "callbacks", "train_dataset", "model")
+            for name in (
+                "peft_config",
+                "watch_reward_funcs",
+                "eval_dataset",
+                "callbacks",
+                "train_dataset",
+                "model",
+                "optimizers",
+                "optimizer_cls_and_kwargs",
+            )  # fmt: skip
             if name in settings
         }
         if "peft_config" not in arguments:

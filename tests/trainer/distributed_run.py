@@ -30,6 +30,7 @@ def redness(images, prompts, **columns):
 
 
 def main(output: str, settings: dict) -> None:
+    resume_from = settings.pop("resume_from", None)
     config = ChunkGRPOConfig(
         output_dir=output,
         **{
@@ -54,14 +55,13 @@ def main(output: str, settings: dict) -> None:
         dataset,
         peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_v"]),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume_from)
     trainer.save_model()
     if trainer.is_world_process_zero():
         weights = {name: p.detach().contiguous() for name, p in trainer.model.named_parameters() if p.requires_grad}
         save_file(weights, f"{output}/trained.safetensors")
         with open(f"{output}/log.json", "w") as file:
             json.dump(trainer.state.log_history, file)
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ A run of SRPO on two processes, sharded or not, in which the second breaks in a 
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -57,7 +58,7 @@ class Faulty(Warmth):
                 raise ConnectionError("the reward is out of order")
             if step == self.faults.get("die"):
                 sys.stderr.write("The second process dies now.\n")
-                os._exit(7)
+                os.kill(os.getpid(), signal.SIGKILL)
         return scores
 
 
@@ -66,7 +67,6 @@ def main(output: str, faults: dict[str, int], settings: dict) -> None:
     trainer = make_trainer("srpo", output, reward=reward, per_device_train_batch_size=1, **settings)
     reward.trainer = trainer
     trainer.train()
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ accelerate launch --config_file trl_diffusion/accelerate_configs/zero2.yaml --nu
 
 SIZE is the number of images that all processes together train in a micro-batch, RUNS which runs to make, one after the
 other: "srpo" trains a LoRA, "srpo_full" all weights, "srpo+ema" keeps a moving average, "srpo+resumed" goes on from the
-first checkpoint of "srpo", and "srpo+ema+resumed" from that of "srpo+ema". "srpo+kept" keeps
+first checkpoint of "srpo", "srpo+slower" as well with another learning rate, and "srpo+ema+resumed" from that of
+"srpo+ema". "srpo+kept" keeps
 FSDP2's weights gathered after a forward, in this run and those after it. "srpo+best" ends with the
 checkpoint that was evaluated best. "srpo+trapped" tries to resume when somebody has put
 code into a file of that checkpoint.
@@ -36,7 +37,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import PartialState
 from accelerate.utils import is_deepspeed_available
 from datasets import Dataset
 from peft import LoraConfig
@@ -181,6 +181,9 @@ def main(folder: Path, size: int, names: list[str]) -> None:
         if "resumed" in variants:
             resume_from = folder / name.removesuffix("+resumed") / "checkpoint-1"
             settings["ds3_gather_for_rollout"] = False
+        if "slower" in variants:
+            resume_from = folder / base / "checkpoint-1"
+            settings |= {"learning_rate": 5e-3, "weight_decay": 0.1, "adam_beta1": 0.5, "adam_epsilon": 1e-5}
         run(base, folder / name, size, resume_from, **settings)
 
 
@@ -191,9 +194,3 @@ if __name__ == "__main__":
         # Gloo alone, so that nothing is compiled: the tests need no C++ compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3].split(","))
-    PartialState().wait_for_everyone()
-    # Several trainers have left threads of gloo behind, which may abort a process that ends in the usual way:
-    # https://github.com/pytorch/pytorch/issues/190489
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)

@@ -71,7 +71,6 @@ def main(output: str, settings: dict) -> None:
         save_file(weights, f"{output}/trained.safetensors")
         with open(f"{output}/log.json", "w") as file:
             json.dump(trainer.state.log_history, file)
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

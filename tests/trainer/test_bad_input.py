@@ -15,16 +15,39 @@
 """Bad input ends early, with an error that names the value and the remedy."""
 
 import os
+from dataclasses import fields
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Image, Value
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from peft import LoHaConfig, LoraConfig
+from transformers import TrainingArguments
 
-from trl_diffusion import ChunkGRPOConfig, ChunkGRPOTrainer
+from trl_diffusion import ChunkGRPOConfig, ChunkGRPOTrainer, SRPOConfig
+from trl_diffusion.trainer.config_checks import CANNOT_ACT
 
 from .conftest import redness
+
+
+# Settings of transformers that act in the trainers, or say what happens anyway (do_train, do_eval).
+ACT = set(
+    """
+    output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs
+    warmup_steps warmup_ratio optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon optim_target_modules
+    gradient_accumulation_steps max_grad_norm bf16 fp16 tf32 activation_checkpointing gradient_checkpointing torch_compile
+    torch_compile_backend torch_compile_mode logging_strategy logging_steps logging_first_step log_on_each_node
+    logging_nan_inf_filter log_level log_level_replica disable_tqdm report_to run_name project trackio_space_id
+    trackio_bucket_id trackio_static_space_id eval_strategy eval_steps eval_delay eval_on_start save_only_model
+    save_strategy save_steps save_on_each_node save_total_limit push_to_hub hub_token hub_private_repo hub_model_id
+    hub_strategy hub_always_push hub_revision load_best_model_at_end metric_for_best_model greater_is_better
+    ignore_data_skip restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu accelerator_config
+    dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
+    dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order remove_unused_columns
+    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp
+    fsdp_config deepspeed debug skip_memory_metrics do_train do_eval resume_from_checkpoint local_rank
+    """.split()
+)
 
 
 def never_loaded(*args, **kwargs):
@@ -54,14 +77,32 @@ def never_loaded(*args, **kwargs):
         ({"generation_batch_size": 12}, r"\(12\) must be divisible by"),
         ({"generation_batch_size": 16, "steps_per_generation": 1}, "contradict each other"),
         ({"num_iterations": 0}, "num_iterations must be at least 1"),
-        ({"auto_find_batch_size": True}, "auto_find_batch_size=True is not supported"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size=True is not supported.*per_device_train_batch_size"),
         ({"height": 0}, "height must be at least 1, got 0"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config has dispatch_batches=True"),
+        ({"accelerator_config": {"split_batches": True}}, "accelerator_config has split_batches=True"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_settings(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         ChunkGRPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=8, use_cpu=True, **settings)
+
+
+@pytest.mark.parametrize("name", sorted(set(CANNOT_ACT) & {field.name for field in fields(TrainingArguments)}))
+def test_settings_that_cannot_act(name, tmp_path):
+    default = vars(TrainingArguments(output_dir=str(tmp_path), use_cpu=True))[name]
+    others = {bool: not default, str: "batch_rebalance", int: 3, list: ["loss"], type(None): 1.5}
+    value = others.get(type(default), "all" if name == "include_num_input_tokens_seen" else 0.1)
+    with pytest.raises(
+        ValueError, match=rf"{name}=.* is not supported: it cannot act in this trainer\. .*\. Leave it"
+    ):
+        SRPOConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value})
+
+
+def test_every_inherited_setting_is_known():
+    """A new release of transformers brings settings: look whether they act, and add them here or to `CANNOT_ACT`."""
+    assert {field.name for field in fields(TrainingArguments)} - set(CANNOT_ACT) <= ACT
 
 
 def test_unknown_setting(tmp_path):
@@ -101,6 +142,28 @@ def test_dataset(rows, error, message, make_trainer, monkeypatch):
     dataset = Dataset.from_list(rows) if rows else Dataset.from_dict({"prompt": []})
     with pytest.raises(error, match=message):
         make_trainer(train_dataset=dataset, model="never/loaded")
+
+
+def test_image_that_a_reward_asks_for(make_trainer, monkeypatch):
+    monkeypatch.setattr("trl_diffusion.trainer.base_trainer.load_flow_model", never_loaded)
+    values = [None, {"bytes": b"no image", "path": None}]
+    dataset = Dataset.from_dict(
+        {"prompt": ["a", "b"], "reference": values}, features=Features(prompt=Value("string"), reference=Image())
+    )
+
+    def likeness(images, prompts, reference):
+        return [0.0] * len(prompts)
+
+    with pytest.raises(ValueError, match="The image in row 1 of column 'reference' of train_dataset cannot be read"):
+        make_trainer(reward_funcs=likeness, train_dataset=dataset, model="never/loaded")
+
+
+def test_dataset_with_a_transform(make_trainer, train_dataset):
+    transformed = train_dataset.with_transform(lambda rows: {"prompt": [p.upper() for p in rows["prompt"]]})
+    with pytest.raises(ValueError, match=r"train_dataset has a transform.*with_format\(None\)"):
+        make_trainer(train_dataset=transformed)
+    with pytest.raises(ValueError, match="eval_dataset has a transform"):
+        make_trainer(eval_dataset=transformed)
 
 
 def test_dataset_of_another_kind(make_trainer):

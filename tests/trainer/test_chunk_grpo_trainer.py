@@ -14,14 +14,18 @@
 
 """The trainer end to end on tiny models: what it optimises, logs, saves and resumes."""
 
+import io
 import json
+import struct
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from peft import LoraConfig
+from PIL import Image
 from tiny_models import tiny_flux_pipeline
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -129,6 +133,39 @@ class TestRun:
         make_trainer(reward_funcs=reward, train_dataset=dataset, max_steps=1).train()
         assert len(seen) == 8
         assert all(target == prompt.upper() for prompt, target in seen)
+
+    def test_images_that_no_reward_asks_for_are_not_read(self, make_trainer):
+        """Reading one of them would end the run."""
+        features = Features(prompt=Value("string"), image=ImageFeature())
+        images = [{"bytes": b"no image", "path": None}] * len(PROMPTS)
+        dataset = Dataset.from_dict({"prompt": PROMPTS, "image": images}, features=features)
+        trainer = make_trainer(
+            reward_funcs=lambda images, prompts: redness(images, prompts), train_dataset=dataset, eval_dataset=dataset,
+            num_eval_images=2, max_steps=1,
+        )  # fmt: skip
+        trainer.train()
+        assert "eval_reward" in trainer.evaluate()
+        assert "eval_reward" in trainer.evaluate(dataset.select([0, 1]))
+
+    def test_images_that_a_reward_asks_for_are_upright_whatever_else_a_camera_wrote(self, make_trainer):
+        seen = {}
+
+        def reward(images, prompts, photo):
+            seen.update(zip(prompts, photo, strict=True))
+            return redness(images, prompts)
+
+        # Orientation 6 and a resolution of -1/0, on which the decoding of `datasets` ends.
+        exif = struct.pack("<6s4sLHHHLHHHHLLLll", b"Exif", b"II*", 8, 2, 274, 3, 1, 6, 0, 282, 10, 1, 38, 0, -1, 0)
+        file = io.BytesIO()
+        Image.new("RGB", (20, 10)).save(file, "JPEG", exif=exif)
+        photos = [{"bytes": file.getvalue(), "path": None}, *[None] * (len(PROMPTS) - 1)]
+        features = Features(prompt=Value("string"), photo=ImageFeature())
+        dataset = Dataset.from_dict({"prompt": PROMPTS, "photo": photos}, features=features)
+        with pytest.raises(struct.error):
+            dataset[0]
+        make_trainer(reward_funcs=reward, train_dataset=dataset.with_format("torch"), max_steps=3).train()
+        assert set(seen) == set(PROMPTS)
+        assert seen.pop("a cat").size == (10, 20) and not any(seen.values())
 
     def test_several_rewards_and_none(self, make_trainer):
         def cats_only(images, prompts, **columns):
@@ -404,9 +441,8 @@ class TestAdapter:
 
         pipeline = tiny_flux_pipeline(seed=0)
         pipeline.load_lora_weights(str(tmp_path / "out"), weight_name="pytorch_lora_weights.safetensors")
-        noise = trainer.flow.draw_noise(1, 32, 32, generator)
         image = pipeline(
-            "a cat", height=32, width=32, num_inference_steps=6, guidance_scale=3.5, latents=noise, output_type="pt",
+            "a cat", height=32, width=32, num_inference_steps=6, guidance_scale=3.5, generator=generator, output_type="pt",
             max_sequence_length=trainer.flow.max_sequence_length,
         ).images  # fmt: skip
         assert torch.allclose(image, expected, atol=1e-5)

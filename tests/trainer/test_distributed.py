@@ -41,6 +41,7 @@ def run(folder, processes, **settings):
         [*launcher, str(SCRIPT), str(folder), json.dumps(settings)], env=environment, capture_output=True, text=True
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "terminate called" not in finished.stderr
     return load_file(folder / "trained.safetensors"), json.loads((folder / "log.json").read_text())
 
 
@@ -64,6 +65,7 @@ def run(folder, processes, **settings):
 )
 def test_ddp_equals_one_process(tmp_path, settings):
     size = settings["per_device_train_batch_size"]
+    settings |= {"save_strategy": "steps", "save_steps": 1}
     one, log_one = run(tmp_path / "one", 1, **{**settings, "per_device_train_batch_size": 2 * size})
     two, log_two = run(tmp_path / "two", 2, **settings)
     for name, weight in one.items():
@@ -73,5 +75,19 @@ def test_ddp_equals_one_process(tmp_path, settings):
             # Rewards are logged by the optimizer step that begins a generation.
             assert (name in a) == (name in b)
             assert name not in a or a[name] == pytest.approx(b[name], rel=1e-3), name
+    if "steps_per_generation" in settings:
+        # Each goes on where the other one stopped, also within a generation, whose images they cut otherwise.
+        cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4, "steps_per_generation": 8}
+        for step in (1, 2):
+            found, _ = run(
+                tmp_path / f"one-{step}", 1, **{**settings, **cut}, resume_from=f"{tmp_path}/two/checkpoint-{step}"
+            )
+            assert max((weight - found[name]).abs().max() for name, weight in one.items()) < 1e-5
+        found, _ = run(tmp_path / "two-1", 2, **settings, resume_from=f"{tmp_path}/one/checkpoint-1")
+        assert max((weight - found[name]).abs().max() for name, weight in one.items()) < 1e-5
+        # The bound means something: the steps that were taken after the resume moved the weights by much more.
+        before = load_file(tmp_path / "two" / "checkpoint-2" / "adapter_model.safetensors")
+        after = load_file(tmp_path / "two" / "checkpoint-3" / "adapter_model.safetensors")
+        assert max((weight - after[name]).abs().max() for name, weight in before.items()) > 1e-3
     # What a process writes appears once.
     assert len(list((tmp_path / "two" / "samples" / "step_000001").glob("*.png"))) > 0

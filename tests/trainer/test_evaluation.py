@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback
 
+from trl_diffusion import ChunkGRPOConfig, SRPOConfig
 from trl_diffusion.rewards import RewardModel
 
 
@@ -148,9 +149,50 @@ def test_stops_early_by_a_watched_measure(make_trainer, train_dataset):
     trainer = make_trainer(
         eval_dataset=train_dataset, num_eval_images=2, watch_reward_funcs=falling, max_steps=10,
         eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
-        metric_for_best_model="eval_watch/falling/mean", greater_is_better=True,
+        metric_for_best_model="eval_watch/falling/mean",
         callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
     )  # fmt: skip
     trainer.train()
     assert trainer.state.global_step == 3
     assert trainer.state.best_global_step == 1
+
+
+@pytest.mark.parametrize("best", [{"load_best_model_at_end": True}, {"save_strategy": "best"}, {}])
+def test_the_reward_says_which_is_best(make_trainer, train_dataset, best):
+    """Without metric_for_best_model: of the rewards 0, 5, 9, 7, 3 the third is best, and two worse ones are enough."""
+    values = [0.0, 5.0, 9.0, 7.0, 3.0, 1.0]
+
+    def scripted(images, prompts, **columns):
+        return [values[trainer.state.global_step]] * len(images)
+
+    settings = {"save_strategy": "steps", "save_steps": 1, **best}
+    trainer = make_trainer(
+        reward_funcs=scripted, eval_dataset=train_dataset, num_eval_images=2, max_steps=5, eval_strategy="steps",
+        eval_steps=1, callbacks=[EarlyStoppingCallback(early_stopping_patience=2)], **settings,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert (trainer.state.best_global_step, trainer.state.best_metric) == (2, 9.0)
+
+
+def test_the_best_of_srpo_is_its_objective(tmp_path):
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "eval_strategy": "steps", "eval_steps": 1}
+    config = SRPOConfig(load_best_model_at_end=True, save_steps=1, **settings)
+    assert (config.metric_for_best_model, config.greater_is_better) == ("objective", True)
+    # A learning rate that follows the reward falls when it stops rising.
+    config = ChunkGRPOConfig(lr_scheduler_type="reduce_lr_on_plateau", **settings)
+    assert (config.metric_for_best_model, config.lr_scheduler_kwargs) == ("reward", {"mode": "max"})
+
+
+def test_a_best_model_needs_evaluations(make_trainer, train_dataset):
+    with pytest.raises(ValueError, match="load_best_model_at_end=True needs evaluations, and eval_strategy is 'no'"):
+        make_trainer(load_best_model_at_end=True)
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    with pytest.raises(ValueError, match="eval_strategy is 'steps', but there is no eval_dataset. Pass one"):
+        make_trainer(load_best_model_at_end=True, **settings)
+    for metric in ("loss", "eval_watch/redness/mean"):
+        message = (
+            f"metric_for_best_model='{metric}' is not .* Choose one of reward, rewards/redness/mean, base/reward, "
+        )
+        with pytest.raises(ValueError, match=message):
+            make_trainer(eval_dataset=train_dataset, metric_for_best_model=metric, **settings)

@@ -206,6 +206,9 @@ class TestResume:
             ValueError, match="There is no whole checkpoint in .* Train without resume_from_checkpoint"
         ):
             trainer.train(resume_from_checkpoint=True)
+        with pytest.raises(ValueError, match="checkpoint-9' is no whole checkpoint: there is no such folder"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+        (tmp_path / "checkpoint-9").mkdir()
         with pytest.raises(ValueError, match="is no whole checkpoint: its list of files"):
             trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
 
@@ -472,9 +475,9 @@ class TestMovingAverage:
     def test_checkpoints_with_and_without_are_told_apart(self, tmp_path):
         make_trainer("srpo", tmp_path / "with", max_steps=1).train()
         make_trainer("srpo", tmp_path / "without", max_steps=1, ema_decay=None).train()
-        for decay, folder in ((None, "with"), (0.9, "without")):
+        for decay, other, folder in ((None, 0.9, "with"), (0.9, None, "without")):
             trainer = make_trainer("srpo", tmp_path / folder, max_steps=2, ema_decay=decay)
-            with pytest.raises(ValueError, match=rf"was written {folder} ema_decay, but ema_decay is {decay}"):
+            with pytest.raises(ValueError, match=f"ema_decay was {other} and is {decay}"):
                 trainer.train(resume_from_checkpoint=True)
 
 
@@ -524,7 +527,7 @@ class TestTwoProcesses:
         ema_decay = 0.9 if config == "multi_gpu" else None
         run = launch(tmp_path, faults, config, save_total_limit=None, reward_retries=0, ema_decay=ema_decay)
         output, _ = run.communicate(timeout=250)
-        assert run.returncode != 0
+        assert run.returncode != 0 and "terminate called" not in output
         assert output.count("Optimizer step 2 was not applied: the loss of term 1 of 2 is nan on the prompts ['") == 1
         assert output.count("Optimizer step 3 was not applied: the gradient is not finite on the prompts ['") == 1
         assert "The reward 'warmth' failed: " in output and "the reward is out of order" in output
@@ -561,7 +564,7 @@ class TestTwoProcesses:
         output, _ = run.communicate(timeout=120)
         assert time.monotonic() - start < 60
         assert run.returncode != 0
-        assert "The second process dies now." in output and "exitcode  : 7" in output
+        assert "The second process dies now." in output and "exitcode  : -9" in output
         assert last_whole_checkpoint(tmp_path).name == "checkpoint-1"
 
     def test_sigterm(self, tmp_path):

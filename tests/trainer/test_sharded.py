@@ -29,6 +29,8 @@ from safetensors.torch import load_file
 import trl_diffusion
 from trl_diffusion.trainer.sharding import BUCKET_SIZES, set_bucket_sizes
 
+from .sharded_run import make_trainer
+
 
 pytest.importorskip("deepspeed", reason="needs the extra 'deepspeed'")
 
@@ -38,10 +40,11 @@ RUNS = ["chunk_grpo", "srpo", "chunk_grpo_full", "srpo_full"]
 AVERAGED = ["chunk_grpo+ema", "srpo_full+ema"]
 # ZeRO-1 is ZeRO-2 but for the gradients: one run of each kind suffices.
 OF_CONFIG = {
-    "multi_gpu": [*RUNS, "srpo+ema+best"],
+    "multi_gpu": [*RUNS, "srpo+slower", "srpo+ema+best"],
     "zero1": ["srpo", "chunk_grpo_full+ema"],
     "zero2": [
         *RUNS,
+        "srpo+slower",
         "srpo_full+ema",
         "srpo_full+ema+resumed",
         "srpo_full+ema+best",
@@ -53,6 +56,7 @@ OF_CONFIG = {
         *AVERAGED,
         "chunk_grpo+resumed",
         "srpo_full+ema+resumed",
+        "srpo+slower",
         "srpo+ema+best",
         "chunk_grpo+ema+offload",
     ],
@@ -61,6 +65,7 @@ OF_CONFIG = {
         *AVERAGED,
         "chunk_grpo+resumed",
         "srpo_full+ema+resumed",
+        "srpo+slower",
         "srpo+ema+best",
         "chunk_grpo_full+ema+bf16",
         "chunk_grpo+ema+kept",
@@ -70,8 +75,8 @@ KINDS = {"multi_gpu": "MULTI_CPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "
 GLOBAL_BATCH = 4
 
 
-def launch(folder, config, runs):
-    """Make the runs on one process, or on two with a configuration of the package; returns what was printed."""
+def launch(folder, config, runs, processes=2):
+    """Make the runs on one process, or on several with a configuration of the package; returns what was printed."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
@@ -82,7 +87,7 @@ def launch(folder, config, runs):
     launcher = [sys.executable]
     if config is not None:
         launcher += ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
-        launcher += ["--num_processes", "2", "--main_process_port", "0"]
+        launcher += ["--num_processes", str(processes), "--main_process_port", "0"]
     finished = subprocess.run(
         [*launcher, str(SCRIPT), str(folder), str(GLOBAL_BATCH), ",".join(runs)],
         env=environment,
@@ -90,6 +95,7 @@ def launch(folder, config, runs):
         text=True,
     )
     assert finished.returncode == 0, finished.stderr[-5000:]
+    assert "terminate called" not in finished.stderr
     return finished.stdout + finished.stderr
 
 
@@ -111,7 +117,7 @@ def largest_difference(a, b):
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    launch(folder, None, [*RUNS, *AVERAGED, "chunk_grpo_full+ema"])
+    launch(folder, None, [*RUNS, *AVERAGED, "chunk_grpo_full+ema", "srpo+slower"])
     return folder
 
 
@@ -153,7 +159,10 @@ def test_two_processes_equal_one(tmp_path, one_process, config):
         difference = largest_difference(weights(one, run), found_weights)
         assert difference < (1e-5 if config == "multi_gpu" else 1e-4), run
         # The bounds mean something: the run changed the images by much more, and an average is not the weights.
-        assert found["change"] > 1e-3, run
+        if variant == "slower":
+            assert largest_difference(weights(one, run), weights(one, "srpo")) > 1e-3
+        else:
+            assert found["change"] > 1e-3, run
         if run in AVERAGED:
             assert largest_difference(weights(one, run), weights(one, run.removesuffix("+ema"))) > 1e-4
         np.testing.assert_allclose(found["images"], truth["images"], atol=1e-5)
@@ -163,7 +172,7 @@ def test_two_processes_equal_one(tmp_path, one_process, config):
                 assert (name in a) == (name in b)
                 assert name not in a or a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-6), (run, name)
     # What all processes do is shown once: two steps a run, or one where it was resumed from the first.
-    steps = sum(1 if run.endswith("+resumed") else 2 for run in runs)
+    steps = sum(1 if run.endswith(("+resumed", "+slower")) else 2 for run in runs)
     for pattern, count in {
         r"^\{'loss'": steps,
         r"^\{'train_runtime'": len(runs),
@@ -174,6 +183,14 @@ def test_two_processes_equal_one(tmp_path, one_process, config):
         ),
     }.items():
         assert len(re.findall(pattern, output, re.MULTILINE)) == count, pattern
+    if config == "zero2":
+        with pytest.raises(ValueError, match="sharding was 'ZeRO-2' and is None.*processes was 2"):
+            make_trainer("srpo", tmp_path / "whole", GLOBAL_BATCH).train(str(tmp_path / "srpo" / "checkpoint-1"))
+    if config == "fsdp2":
+        # Another number of processes goes on within a generation.
+        launch(tmp_path, config, ["chunk_grpo+resumed"], processes=1)
+        assert result(tmp_path, "chunk_grpo+resumed")["num_processes"] == 1
+        assert largest_difference(weights(tmp_path, "chunk_grpo"), weights(tmp_path, "chunk_grpo+resumed")) < 1e-4
     # So is what is saved.
     for run in set(RUNS) & set(runs):
         records = (tmp_path / run / "samples" / "step_000001" / "metadata.jsonl").read_text().splitlines()

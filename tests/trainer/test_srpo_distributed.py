@@ -41,6 +41,7 @@ def run(folder, processes, **settings):
         [*launcher, str(SCRIPT), str(folder), json.dumps(settings)], env=environment, capture_output=True, text=True
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "terminate called" not in finished.stderr
     return load_file(folder / "trained.safetensors"), json.loads((folder / "log.json").read_text())
 
 

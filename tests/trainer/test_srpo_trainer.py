@@ -298,14 +298,13 @@ class TestObjective:
         expected = 0.0
         for sigma in batch.sigmas:
             for branch, sign, (at_clean, at_noisy) in (("denoise", 1, (0.1, 0.3)), ("inversion", -1, (0.4, 0.2))):
-                s, k = sigma.view(3, 1, 1), at_clean + (at_noisy - at_clean) * (sigma - 0.6) / 0.3
+                s, k = sigma.view(3, 1, 1, 1), at_clean + (at_noisy - at_clean) * (sigma - 0.6) / 0.3
                 x_in = (s + sign * 0.04) * batch.noise + (1 - s - sign * 0.04) * batch.clean
                 with torch.no_grad():
                     v = trainer.velocity(trainer.model, x_in, sigma + sign * 0.04, conditioning)
                     # The closed form of the recovered latents.
                     latents = batch.clean + sign * 0.04 / (1 - s) * (batch.noise - batch.clean - v)
-                    unpacked = trainer.flow.pipeline._unpack_latents(latents, 32, 32, 2)
-                    images = vae.decode(unpacked / 0.3611 + 0.1159).sample.div(2).add(0.5).clamp(0, 1)
+                    images = vae.decode(latents / 0.3611 + 0.1159).sample.div(2).add(0.5).clamp(0, 1)
                 for reward, weight in ((first, 1.0), (second, 0.5)):
                     with torch.no_grad():
                         plain = reward.score(images, batch.prompts)

@@ -38,11 +38,21 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .. import shapes
+from ..data.columns import ColumnReader
 from ..data.prompts import check_prompts
 from ..evaluation import ImageGenerator, compare, markdown_table, write_report
 from ..evaluation.report import Comparison
 from ..hub.conversion import find_adapter
-from ..rewards import REWARDS, check_reward, load_rewards, score_pictures, to_pil
+from ..rewards import (
+    REWARDS,
+    asks_for_column,
+    check_reward,
+    load_rewards,
+    parse_spec,
+    score_pictures,
+    spec_text,
+    to_pil,
+)
 from .parser import CommandParser
 from .sampling import SamplingArguments, save_image, write_metadata, write_text
 
@@ -108,6 +118,8 @@ class EvaluateArguments(SamplingArguments):
         for name in ("reward_batch_size", "max_report_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if isinstance(self.rewards, dict):  # one mapping in a YAML file
+            self.rewards = [self.rewards]
         for reward in self.rewards:
             check_reward(reward)
         names = self.adapter_names or [Path(adapter).name or adapter for adapter in self.adapter]
@@ -165,9 +177,10 @@ class Evaluation:
         self.args = args
         self.folder = Path(args.output_dir)
         self.adapters = adapters
-        rows = [row for row in dataset for _ in range(args.num_images_per_prompt)]
+        columns = ColumnReader(lambda column: any(asks_for_column(reward, column) for reward in args.rewards))
+        rows = [row for row in columns.prepare(dataset, "prompts") for _ in range(args.num_images_per_prompt)]
         self.prompts: list[str] = [row["prompt"] for row in rows]
-        self.columns = {name: [row[name] for row in rows] for name in dataset.column_names if name != "prompt"}
+        self.columns = columns.read(rows)
         self.seeds = [args.seed + index for index in range(len(rows))]
         self.digests = {name: self._digests(name) for name in (BASE, *adapters)}
         self.scores: dict[str, dict[str, float | None]] = {}
@@ -231,8 +244,9 @@ class Evaluation:
         """Score the images; scores of the library's own rewards that are there already are taken."""
         file = self.folder / SCORES_NAME
         kept: dict[str, dict[str, Any]] = json.loads(file.read_text("utf-8")) if file.exists() else {}
-        for spec in self.args.rewards:
-            own = spec.partition(":")[0] not in REWARDS
+        for reward in self.args.rewards:
+            spec = spec_text(reward)
+            own = parse_spec(reward).name not in REWARDS
             # The code of a user's own function may have changed.
             known = {} if own or spec not in kept else kept[spec]["scores"]
             todo = [
@@ -241,16 +255,16 @@ class Evaluation:
                 for index, digest in enumerate(digests)
                 if digest not in known
             ]
-            name = self._score(spec, todo, known) if todo else kept[spec]["name"]
+            name = self._score(reward, todo, known) if todo else kept[spec]["name"]
             clear_device_cache()  # one reward in memory at a time
             if not own:
                 kept[spec] = {"name": name, "scores": known}
                 write_text(file, json.dumps(kept))
             name = _distinct(name, self.rewards)
-            self.rewards[name] = spec
+            self.rewards[name] = reward
             self.scores[name] = known
 
-    def _score(self, spec: str, todo: list[tuple[str, int]], known: dict[str, float | None]) -> str:
+    def _score(self, spec: str | dict[str, Any], todo: list[tuple[str, int]], known: dict[str, float | None]) -> str:
         """Score the images `todo`, as model and index, into `known`, by their digest; returns the reward's name."""
         ((name, reward),) = load_rewards([spec]).items()
         device = PartialState().device

@@ -16,6 +16,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -60,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="options of the command")
     parsed = parser.parse_args(arguments)
 
+    # Rewards may be of a module in the current folder, which `python -m` looks into and an installed script does not.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     command = importlib.import_module(f".{parsed.command.replace('-', '_')}", __package__)
     return command.main(parsed.arguments)
 

@@ -22,7 +22,7 @@ import yaml
 from diffusers import DiffusionPipeline
 
 from .. import shapes
-from ..hub.conversion import merge_adapter
+from ..hub.conversion import find_adapter, merge_adapter
 from .parser import CommandParser
 
 
@@ -70,9 +70,10 @@ def main(arguments: Sequence[str]) -> int:
     )
     try:
         (args,) = parser.parse_args_and_config(arguments)
+        adapter = find_adapter(args.adapter)  # before the model is loaded
         model = shapes.pipeline_path() if args.model_name_or_path == "shapes" else args.model_name_or_path
         pipeline = DiffusionPipeline.from_pretrained(model, torch_dtype=DTYPES[args.dtype])
-        merge_adapter(pipeline, args.adapter, args.scale)
+        merge_adapter(pipeline, adapter, args.scale)
     except (OSError, ValueError, yaml.YAMLError) as error:
         parser.error(str(error))
     pipeline.save_pretrained(args.output_dir)

@@ -39,6 +39,7 @@ from PIL import Image
 from torch import nn
 
 from ..rewards import Reward, check_reward, load_reward, reward_name, score_pictures
+from ..rewards.base import RewardOutOfMemoryError
 from ..rewards.remote import TOKEN_VARIABLE
 
 
@@ -104,8 +105,8 @@ def create_app(
     The server as an ASGI application.
 
     `POST /score` answers a request of [`~rewards.RemoteReward`]: 200 with `{"scores": [...]}`, 400 for a malformed
-    request, 401 for a wrong token, 413 for one that is too large, 422 where the reward refuses its input and 500 where
-    it fails otherwise, all with `{"error": "..."}`. `GET /health` answers 200 without a token.
+    request, 401 for a wrong token, 413 for one that is too large, 422 where the reward refuses its input, 507 where it
+    runs out of memory and 500 where it fails otherwise, all with `{"error": "..."}`. `GET /health` answers 200 without a token.
 
     Requests are scored one at a time, in the order in which they came; the others wait.
 
@@ -151,6 +152,9 @@ def create_app(
             scores = await anyio.to_thread.run_sync(answer, bytes(body), limiter=one_at_a_time)
         except BadRequest as error:
             return failure(400, str(error))
+        except RewardOutOfMemoryError as error:
+            logger.exception("The reward ran out of memory on a request of %d bytes.", len(body))
+            return failure(507, str(error))
         except (RuntimeError, TypeError, ValueError) as error:
             logger.exception("A request of %d bytes failed.", len(body))
             # `score_images` wraps what the reward raised. Input that it refuses will be refused again.
@@ -172,7 +176,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Serve a reward over HTTP; training runs use it as --reward_funcs remote:http://HOST:PORT.",
         allow_abbrev=False,
     )
-    parser.add_argument("--reward", required=True, help="name of a reward, as in --reward_funcs")
+    parser.add_argument("--reward", required=True, help="a reward, as in --reward_funcs, with options too")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback need a token")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")
     parser.add_argument(
@@ -213,7 +217,7 @@ def main(arguments: Sequence[str]) -> int:
         # Before the weights load: a port that is taken should not cost minutes.
         listener = socket.create_server((parsed.host, parsed.port), family=_family(parsed.host))
         reward = load_reward(parsed.reward, **{name: value for name, value in options.items() if value is not None})
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         parser.error(str(error))
     if isinstance(reward, nn.Module):
         reward.to(parsed.device)

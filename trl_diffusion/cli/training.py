@@ -53,11 +53,12 @@ class ScriptArguments:
         streaming (`bool`, *optional*, defaults to `False`):
             Download no more of the dataset than the first `max_prompts` rows, which must be given.
         reward_funcs (`list[str]`):
-            Rewards to maximise: names of rewards, or dotted paths of callables, e.g. `my_package.my_reward`.
+            Rewards to maximise: names of rewards, with options where need be (`pickscore:scale=0.05`, in a YAML file also
+            `{name: pickscore, scale: 0.05}`), or dotted paths of callables, e.g. `my_package.my_reward`.
         watch_reward_funcs (`list[str]`, *optional*):
             Rewards to measure during training and not to train.
         preset (`str`, *optional*):
-            Start from the settings of a paper; the file and the command line override them.
+            Start from the settings of a paper, its reward included; the file and the command line override them.
 
         > LoRA
 
@@ -83,7 +84,10 @@ class ScriptArguments:
         }
     )
     reward_funcs: list[str] = field(
-        metadata={"help": "Rewards to maximise: names of rewards, or dotted paths of callables."}
+        metadata={
+            "help": "Rewards to maximise: names of rewards, with options where need be (pickscore:scale=0.05), or dotted "
+            "paths of callables. A preset has its own."
+        }
     )
     dataset_config: str | None = field(
         default=None, metadata={"help": "Configuration of the dataset, for datasets that have several."}
@@ -105,7 +109,9 @@ class ScriptArguments:
     )
     preset: str | None = field(
         default=None,
-        metadata={"help": "Start from the settings of a paper; the file and the command line override them."},
+        metadata={
+            "help": "Start from the settings of a paper, its reward included; the file and the command line override them."
+        },
     )
     use_peft: bool = field(
         default=True, metadata={"help": "Train a LoRA; False trains all weights of the transformer."}
@@ -119,6 +125,9 @@ class ScriptArguments:
     )
 
     def __post_init__(self):
+        for name in ("reward_funcs", "watch_reward_funcs"):
+            if isinstance(getattr(self, name), dict):  # one mapping in a YAML file
+                setattr(self, name, [getattr(self, name)])
         lora = {name: getattr(self, name) for name in ("lora_r", "lora_alpha", "lora_target_modules")}
         given = [name for name, value in lora.items() if value is not None]
         if not self.use_peft and given:
@@ -144,7 +153,10 @@ def make_parser(trainer_class: type[DiffusionTrainer], command: str, method: str
     """The parser of a training command: every field of the script's arguments and of the trainer's configuration."""
     return CommandParser(
         (ScriptArguments, trainer_class.config_class),
-        presets=trainer_class.config_class.PRESETS,
+        presets={
+            name: {**settings, "reward_funcs": trainer_class.config_class.PRESET_REWARDS[name]}
+            for name, settings in trainer_class.config_class.PRESETS.items()
+        },
         prog=f"trl-diffusion {command}",
         usage=f"trl-diffusion {command} [--config FILE.yaml] [--accelerate_config NAME_OR_FILE] --model_name_or_path MODEL --dataset_name PROMPTS "
         "--reward_funcs REWARD [REWARD ...] [--output_dir FOLDER] [options]",
@@ -195,6 +207,4 @@ def run(trainer_class: type[DiffusionTrainer], parser: CommandParser, arguments:
     else:
         trainer.save_model(training_args.output_dir)
         trainer.create_model_card(dataset_name=script_args.dataset_name)
-    # Otherwise a process may abort at its exit: https://github.com/pytorch/pytorch/issues/190489
-    trainer.accelerator.end_training()
     return 0

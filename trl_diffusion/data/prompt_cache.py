@@ -27,13 +27,14 @@ from datasets.fingerprint import Hasher
 from tqdm.auto import tqdm
 
 from ..models import FlowModel
+from ..models.base import add_negative
 
 
 # Part of every fingerprint: raise it when the rows' content or layout changes.
-_FORMAT = "1"
-# Row 0 has no prompt and holds what all prompts share; the others hold one prompt each. "conditioning" is the content
-# of a safetensors file, which carries names, shapes and dtypes, bfloat16 included, which Arrow does not know.
-_FEATURES = Features({"prompt": Value("string"), "conditioning": Value("large_binary")})
+_FORMAT = "2"
+# One prompt a row. "conditioning" is the content of a safetensors file, which carries names, shapes and dtypes, bfloat16
+# included, which Arrow does not know.
+_FEATURES = Features({"prompt": Value("string"), "length": Value("int32"), "conditioning": Value("large_binary")})
 
 
 class PromptCache:
@@ -47,10 +48,15 @@ class PromptCache:
     Make one with [`build`].
     """
 
-    def __init__(self, dataset: Dataset, prompts: list[str]):
+    def __init__(self, flow_model: FlowModel, dataset: Dataset, prompts: list[str]):
         self._dataset = dataset.with_format("arrow")
-        self._row = {prompt: row for row, prompt in enumerate(prompts, start=1)}
-        self._shared = self._read([0])[0]
+        self._row = {prompt: row for row, prompt in enumerate(prompts)}
+        self._flow_model = flow_model
+        # One length for all lookups: then no row depends on those beside it.
+        self._length = max(dataset["length"])
+        self._negative = None
+        if flow_model.negative_prompt is not None:
+            self._negative = flow_model.collate(self._read([self._row[flow_model.negative_prompt]]), self._length)
 
     @classmethod
     def build(
@@ -91,13 +97,15 @@ class PromptCache:
         for prompt in distinct:
             if not isinstance(prompt, str):
                 raise ValueError(f"Prompts must be strings, got {prompt!r} of type {type(prompt).__name__}.")
+        if flow_model.negative_prompt is not None:
+            distinct.add(flow_model.negative_prompt)
         distinct = sorted(distinct)
 
         def rows() -> Iterator[dict[str, str | bytes | None]]:
             return _encode(flow_model, distinct, batch_size)
 
         if in_memory_only:
-            return cls(Dataset.from_list(list(rows()), features=_FEATURES), distinct)
+            return cls(flow_model, Dataset.from_list(list(rows()), features=_FEATURES), distinct)
         fingerprint = _fingerprint(flow_model, distinct)
         # datasets writes beside and renames, under a lock; so an interrupted or a concurrent build does no harm.
         with PartialState().main_process_first(), _silent_datasets():
@@ -108,7 +116,7 @@ class PromptCache:
                 fingerprint=fingerprint,
                 writer_batch_size=batch_size,
             )
-        return cls(dataset, distinct)
+        return cls(flow_model, dataset, distinct)
 
     def get(self, prompts: list[str], device: torch.device | str | None = None) -> dict[str, torch.Tensor]:
         """
@@ -137,10 +145,13 @@ class PromptCache:
         position = {prompt: i for i, prompt in enumerate(distinct)}
         index = torch.tensor([position[prompt] for prompt in prompts], device=device)
         rows = self._read([self._row[prompt] for prompt in distinct])
-        conditioning = {name: torch.stack([row[name] for row in rows]).to(device)[index] for name in rows[0]}
-        for name, tensor in self._shared.items():
-            conditioning[name] = tensor.to(device).expand(len(prompts), *tensor.shape)
-        return conditioning
+        conditioning = {
+            name: tensor.to(device)[index] for name, tensor in self._flow_model.collate(rows, self._length).items()
+        }
+        if self._negative is None:
+            return conditioning
+        negative = {name: tensor.to(device) for name, tensor in self._negative.items()}
+        return add_negative(conditioning, negative, len(prompts))
 
     def __getitem__(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         return self.get(prompts)
@@ -158,21 +169,13 @@ class PromptCache:
 
 def _encode(flow_model: FlowModel, prompts: list[str], batch_size: int) -> Iterator[dict[str, str | bytes | None]]:
     """Rows of the dataset, batch by batch."""
-    shared_names = flow_model.shared_conditioning
     starts = range(0, len(prompts), batch_size)
     disable = not PartialState().is_local_main_process
     for start in tqdm(starts, desc="Encoding prompts", unit="batch", disable=disable):
         batch = prompts[start : start + batch_size]
-        conditioning = {name: tensor.cpu() for name, tensor in flow_model.encode_prompt(batch).items()}
-        if start == 0:
-            yield {"prompt": None, "conditioning": _to_bytes(conditioning, shared_names, 0)}
-        names = [name for name in conditioning if name not in shared_names]
-        for i, prompt in enumerate(batch):
-            yield {"prompt": prompt, "conditioning": _to_bytes(conditioning, names, i)}
-
-
-def _to_bytes(conditioning: dict[str, torch.Tensor], names: Iterable[str], row: int) -> bytes:
-    return safetensors.torch.save({name: conditioning[name][row].contiguous() for name in names})
+        for prompt, row in zip(batch, flow_model.encode_rows(batch), strict=True):
+            content = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in row.items()})
+            yield {"prompt": prompt, "length": flow_model.row_length(row), "conditioning": content}
 
 
 def _fingerprint(flow_model: FlowModel, prompts: list[str]) -> str:

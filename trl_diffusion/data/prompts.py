@@ -24,7 +24,8 @@ def check_prompts(dataset: Any, name: str = "train_dataset") -> None:
     Refuse a dataset that no trainer can use, naming the row and the remedy.
 
     Args:
-        dataset (`datasets.Dataset`): must have a column "prompt" of non-empty strings.
+        dataset (`datasets.Dataset`): must have a column "prompt" of non-empty strings, none that is called "images" or
+            "prompts", and no transform.
         name (`str`): what the caller calls it, for the message.
 
     Raises:
@@ -38,14 +39,27 @@ def check_prompts(dataset: Any, name: str = "train_dataset") -> None:
             "datasets.load_dataset(..., split='train') or datasets.Dataset.from_list([{'prompt': ...}]); take the "
             "first prompts of a stream with Dataset.from_list(list(stream.take(n)))."
         )
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            f"{name} has a transform (with_transform or set_transform), which would make its rows anew whenever they are "
+            "read; the trainers encode prompts once. Apply it to the rows with dataset.with_format(None).map(...), or "
+            "leave it out with dataset.with_format(None)."
+        )
     if "prompt" not in dataset.column_names:
         raise ValueError(
             f"{name} has no column 'prompt', only {dataset.column_names}. Rename the column that holds the prompts: "
             "dataset.rename_column(old_name, 'prompt')."
         )
+    for column in ("images", "prompts"):
+        if column in dataset.column_names:
+            raise ValueError(
+                f"{name} has a column {column!r}. Rewards get the dataset's columns by name, and under this one they get "
+                f"the {'drawn images' if column == 'images' else 'prompts'}. Rename it, "
+                f"dataset.rename_column({column!r}, ...), or remove it."
+            )
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty. It needs at least one prompt.")
-    for row, prompt in enumerate(dataset["prompt"]):
+    for row, prompt in enumerate(dataset.with_format(None)["prompt"]):
         if not isinstance(prompt, str):
             raise TypeError(
                 f"Row {row} of {name} has the prompt {prompt!r} of type {type(prompt).__name__}. Prompts must be "

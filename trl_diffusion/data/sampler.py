@@ -103,6 +103,10 @@ class GroupSampler(Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    def fixed_settings(self) -> dict[str, int]:
+        """What the order of the rows depends on, besides the seed and the size of a generation batch."""
+        return {"rows of train_dataset": self.num_prompts}
+
     @property
     def _per_epoch(self) -> int:
         """Generations of an epoch."""
@@ -187,6 +191,18 @@ class BucketSampler(Sampler[int]):
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+
+    def fixed_settings(self) -> dict[str, int | list[int] | None]:
+        """What the order of the rows depends on, besides the seed."""
+        sizes = [len(rows) for _, rows in sorted(self.buckets.items())]
+        several = len(sizes) > 1  # which take turns from batch to batch
+        return {
+            "rows of train_dataset": sizes if several else sizes[0],
+            "rows of an epoch, in whole batches of per_device_train_batch_size x processes": len(self),
+            "per_device_train_batch_size x processes, with images of several shapes": (
+                self.batch_size if several else None
+            ),
+        }
 
     def _batches(self, epoch: int) -> Iterator[list[int]]:
         """The rows of each batch of an epoch."""

@@ -24,7 +24,7 @@ from accelerate import PartialState
 
 from ..data.prompt_cache import PromptCache
 from ..flow import shifted_schedule
-from ..hub.conversion import load_adapter
+from ..hub.conversion import find_adapter, load_adapter
 from ..models import load_flow_model, sample_latents
 
 
@@ -71,6 +71,7 @@ class ImageGenerator:
     ):
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}.")
+        adapters = {adapter: find_adapter(source) for adapter, source in adapters.items()}  # before the model
         self.device = PartialState().device
         if torch_dtype is None:
             torch_dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
@@ -142,14 +143,12 @@ class ImageGenerator:
             adapter_fraction if adapter is not None else 1.0,
             self._adapter_off,
         ):
-            yield self.flow.decode(latents, self.height, self.width).cpu()
+            yield self.flow.decode(latents).cpu()
 
     def _velocity(
         self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        return self.flow.velocity(
-            self.flow.denoiser, latents, sigma, conditioning, self.guidance_scale, self.height, self.width
-        )
+        return self.flow.velocity(self.flow.denoiser, latents, sigma, conditioning, self.guidance_scale)
 
     @contextlib.contextmanager
     def _adapter_off(self) -> Iterator[None]:

@@ -14,7 +14,7 @@
 
 """What goes to the Hub, and the way there: the adapter's files, the model card, the push."""
 
-from .adapter import check_lora_config, save_adapter
+from .adapter import check_lora_config, check_names, plain_network, save_adapter
 from .model_card import build_model_card, hub_id
 from .push import (
     CARD_NAME,
@@ -35,12 +35,14 @@ __all__ = [
     "build_model_card",
     "check_login",
     "check_lora_config",
+    "check_names",
     "create_repository",
     "files_of",
     "hub_client",
     "hub_id",
     "inherited_license",
     "model_files",
+    "plain_network",
     "push_files",
     "push_model",
     "save_adapter",

@@ -14,9 +14,11 @@
 
 """Which adapter a user means, and what else can be made of it: a whole pipeline, or a file for ComfyUI."""
 
+import contextlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +27,63 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
-from .adapter import DIFFUSERS_WEIGHTS_NAME
+from .adapter import DIFFUSERS_WEIGHTS_NAME, PEFT_WEIGHTS_NAME
 
 
 PREFIX = "transformer."
+PEFT_PREFIX = "base_model.model."
 
 
 def find_adapter(adapter: str | os.PathLike) -> Path:
     """
-    The file of a LoRA in diffusers' format, downloaded where it must be.
+    The file of a LoRA in diffusers' format, downloaded where it must be. Of the file only the names are read.
 
     Args:
         adapter (`str` or `os.PathLike`):
             A .safetensors file, a folder that a trainer wrote (`output_dir` or a checkpoint in it), or a Hub id.
 
     Raises:
-        `ValueError`: there is no such file; the message says what there is.
+        `ValueError`: there is no such file, it cannot be read, or is in PEFT's format; the message says what there is.
     """
+    file = _locate(adapter)
+    with _opened(file) as content:
+        keys = list(content.keys())
+    if any(key.startswith(PEFT_PREFIX) for key in keys):
+        raise ValueError(
+            f"The adapter {str(file)!r} is in PEFT's format, not in diffusers'. {_conversion(file.parent, file)}"
+        )
+    return file
+
+
+def _conversion(folder: Path, file: Path | None) -> str:
+    beside = folder / DIFFUSERS_WEIGHTS_NAME
+    if beside.is_file() and beside != file:
+        return f"Give {DIFFUSERS_WEIGHTS_NAME!r} beside it, or the folder."
+    return (
+        "Convert it with trl_diffusion.hub.save_adapter(peft.PeftModel.from_pretrained(pipe.transformer, "
+        f"{str(folder)!r}), type(pipe), {str(folder)!r})."
+    )
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as content:
+            yield content
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"The adapter {str(file)!r} cannot be read: {error}. It is no safetensors file, or was not written or downloaded "
+            "whole. Get it again."
+        ) from error
+
+
+def _locate(adapter: str | os.PathLike) -> Path:
     path = Path(adapter)
     if path.is_file():
         if path.suffix != ".safetensors":
@@ -54,10 +92,13 @@ def find_adapter(adapter: str | os.PathLike) -> Path:
     if path.is_dir():
         file = path / DIFFUSERS_WEIGHTS_NAME
         if not file.is_file():
-            found = ", ".join(sorted(entry.name for entry in path.iterdir())) or "nothing"
+            found = sorted(entry.name for entry in path.iterdir())
+            remedy = "Give a trainer's output_dir, one of its checkpoints, or the file itself."
+            if PEFT_WEIGHTS_NAME in found:
+                remedy = f"That is PEFT's format. {_conversion(path, None)}"
             raise ValueError(
-                f"The folder {str(adapter)!r} holds no {DIFFUSERS_WEIGHTS_NAME}, but {found}. Give a trainer's "
-                "output_dir, one of its checkpoints, or the file itself."
+                f"The folder {str(adapter)!r} holds no {DIFFUSERS_WEIGHTS_NAME}, but {', '.join(found) or 'nothing'}. "
+                f"{remedy}"
             )
         return file
     try:
@@ -70,18 +111,65 @@ def find_adapter(adapter: str | os.PathLike) -> Path:
 
 def load_adapter(pipeline: DiffusionPipeline, adapter: str | os.PathLike, name: str) -> None:
     """
-    Load a LoRA into a pipeline under a name, next to those that it has.
+    Load a LoRA into a pipeline under a name, next to those that it has. All formats that diffusers knows are taken.
 
     Raises:
-        `ValueError`: as [`find_adapter`], or nothing of the file fits the pipeline's transformer.
+        `ValueError`: as [`find_adapter`]; something of the file does not fit the pipeline's transformer, which diffusers
+            would leave out with a message or not at all; or its values are not finite.
     """
     file = find_adapter(adapter)
-    pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
-    if name not in pipeline.get_list_adapters().get("transformer", []):
+    source = {"pretrained_model_name_or_path_or_dict": str(file.parent), "weight_name": file.name}
+    with _load_errors_told(pipeline, file):
+        tensors = type(pipeline).lora_state_dict(**source)
+    _check_fit(tensors, pipeline, file)
+    with _load_errors_told(pipeline, file):
+        pipeline.load_lora_weights(**source, adapter_name=name)
+
+
+@contextlib.contextmanager
+def _load_errors_told(pipeline: DiffusionPipeline, file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        # What is in the file decides which of these diffusers and PEFT raise.
         raise ValueError(
-            f"The adapter {str(adapter)!r} changes nothing in the transformer of this {type(pipeline).__name__}. Is it "
-            "a LoRA of another model?"
+            f"The adapter {str(file)!r} is no whole LoRA in a format that diffusers knows for a {type(pipeline).__name__} "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:300]}). Get it again, or export it in diffusers' format."
+        ) from error
+
+
+def _check_fit(tensors: dict[str, torch.Tensor], pipeline: DiffusionPipeline, file: Path) -> None:
+    """Whether a LoRA in diffusers' names is whole, finite and of the pipeline's transformer."""
+    family, adapter = type(pipeline).__name__, f"The adapter {str(file)!r}"
+    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items() if key.startswith(PREFIX)}
+    layers = dict.fromkeys(key.partition(".lora_")[0] for key in tensors if ".lora_" in key)
+    if not layers:
+        raise ValueError(
+            f"{adapter} changes nothing in the transformer of this {family}. Is it a LoRA of another model?"
         )
+    modules = dict(pipeline.transformer.named_modules())
+    missing = [layer for layer in layers if layer not in modules]
+    if missing:
+        raise ValueError(
+            f"{adapter} is a LoRA of another model: of its {len(layers)} layers {len(missing)} are not in the transformer of "
+            f"this {family}, as {missing[0]!r}. Give the base model that it was trained on."
+        )
+    for layer in layers:
+        down, up = (tensors.get(f"{layer}.lora_{part}.weight") for part in "AB")
+        if down is None or up is None or down.shape[0] != up.shape[1]:
+            raise ValueError(f"{adapter} is not whole: the matrices of the layer {layer!r} do not make a pair.")
+        module = modules[layer]
+        module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        # A quantised weight has another shape.
+        width = (module.out_features, module.in_features) if isinstance(module, nn.Linear) else module.weight.shape[:2]
+        if (up.shape[0], down.shape[1]) != tuple(width):
+            raise ValueError(
+                f"{adapter} is a LoRA of another model: its layer {layer!r} is of {down.shape[1]} to {up.shape[0]} features, "
+                f"that of this {family} of {width[1]} to {width[0]}. Give the base model that it was trained on."
+            )
+    bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+    if bad:
+        raise ValueError(f"{adapter} holds values that are not finite, as in {bad[0]!r}. Give another checkpoint.")
 
 
 def merge_adapter(pipeline: DiffusionPipeline, adapter: str | os.PathLike, scale: float = 1.0) -> None:
@@ -99,7 +187,7 @@ def merge_adapter(pipeline: DiffusionPipeline, adapter: str | os.PathLike, scale
             Strength of the adapter.
 
     Raises:
-        `ValueError`: as [`load_adapter`]; the adapter holds values that are not finite.
+        `ValueError`: as [`load_adapter`].
     """
     load_adapter(pipeline, adapter, "merged")
     pipeline.fuse_lora(components=["transformer"], lora_scale=scale, safe_fusing=True)
@@ -128,7 +216,7 @@ def export_comfyui(adapter: str | os.PathLike, output: str | os.PathLike) -> Non
     if output.suffix != ".safetensors":
         raise ValueError(f"The file to write must end in .safetensors, got {str(output)!r}.")
     tensors: dict[str, torch.Tensor] = {}
-    with safe_open(find_adapter(adapter), framework="pt") as file:
+    with _opened(find_adapter(adapter)) as file:
         config = _lora_config(file.metadata() or {})
         for key in file.keys():  # noqa: SIM118, this is no dict
             if not key.startswith(PREFIX) or not key.endswith((".lora_A.weight", ".lora_B.weight")):

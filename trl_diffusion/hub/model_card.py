@@ -148,6 +148,7 @@ def _usage(
     transformer_class: str | None,
     prompt: str,
     call_arguments: Mapping[str, Any],
+    fused_loras: Sequence[str],
 ) -> str:
     lines = ["import torch"]
     base = _literal(base_model or "path/to/the/base/model")
@@ -168,13 +169,40 @@ def _usage(
             "",
             f"pipe = {pipeline_class}.from_pretrained({base}, torch_dtype=torch.bfloat16)",
         ]
+    if transformer_class is None and fused_loras:
+        lines += [
+            "# The adapter goes on top of the base model with these fused into it, in the strength of the training."
+        ]
+        for name in fused_loras:
+            lines += [f"pipe.load_lora_weights({_literal(f'path/to/{name}')}, adapter_name={_literal(name)})"]
+        lines += ["pipe.fuse_lora()", "pipe.unload_lora_weights()"]
     if transformer_class is None:
         lines += [f"pipe.load_lora_weights({_literal(repository)}, weight_name={_literal(DIFFUSERS_WEIGHTS_NAME)})"]
     if base_model != EMBEDDED_MODEL:
         lines += ['pipe.to("cuda")']
-    arguments = [_literal(prompt), *(f"{name}={_literal(value)}" for name, value in call_arguments.items())]
-    lines += ["image = pipe(", *(f"    {argument}," for argument in arguments), ").images[0]"]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_call(prompt, call_arguments)])
+
+
+def _call(prompt: str, call_arguments: Mapping[str, Any], *more: str) -> list[str]:
+    arguments = [_literal(prompt), *(f"{name}={_literal(value)}" for name, value in call_arguments.items()), *more]
+    return ["image = pipe(", *(f"    {argument}," for argument in arguments), ").images[0]"]
+
+
+def _hybrid(prompt: str, call_arguments: Mapping[str, Any]) -> str:
+    """The steps of `generate(adapter_fraction=0.6)`, in the pipeline of the usage example."""
+    return "\n".join(
+        [
+            "def adapter_for_60_percent(pipe, step, timestep, tensors):",
+            "    if step + 1 == round(0.6 * pipe.num_timesteps):",
+            "        pipe.disable_lora()",
+            "    if step + 1 == pipe.num_timesteps:",
+            "        pipe.enable_lora()  # for the next image",
+            "    return tensors",
+            "",
+            "",
+            *_call(prompt, call_arguments, "callback_on_step_end=adapter_for_60_percent"),
+        ]
+    )
 
 
 def build_model_card(
@@ -196,6 +224,7 @@ def build_model_card(
     samples: Mapping[str, str] | None = None,
     license: Mapping[str, str] | None = None,
     transformer_class: str | None = None,
+    fused_loras: Sequence[str] = (),
     tags: Sequence[str] = (),
 ) -> ModelCard:
     """
@@ -242,6 +271,8 @@ def build_model_card(
             [`~trl_diffusion.hub.inherited_license`].
         transformer_class (`str`, *optional*):
             Name of the transformer's class if the whole transformer was trained; `None` for a LoRA.
+        fused_loras (`Sequence[str]`, *optional*):
+            Names of the adapters that were fused into the base model before the training.
         tags (`Sequence[str]`, *optional*):
             More tags for the metadata.
 
@@ -266,6 +297,8 @@ def build_model_card(
         base_text = f"[{escape(base_id)}](https://huggingface.co/{base_id})"
     else:
         base_text = f"a local {escape(pipeline_class)} model"
+    if fused_loras:
+        base_text += f" with {', '.join(map(escape, fused_loras))} fused into its weights"
     dataset_id = hub_id(dataset_name)
     if dataset_name == EMBEDDED_MODEL:
         dataset_text = "the prompts of the small world that is part of trl_diffusion"
@@ -324,7 +357,9 @@ def build_model_card(
             transformer_class=transformer_class,
             prompt=prompt,
             call_arguments=call_arguments or {},
+            fused_loras=fused_loras,
         ),
+        hybrid=_hybrid(prompt, call_arguments or {}) if is_lora and "chunk_grpo" in papers else None,
         gallery=bool(samples),
         images={name.replace(" ", "%20"): escape(caption) for name, caption in (images or {}).items()},
         metrics=rows,

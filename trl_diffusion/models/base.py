@@ -18,11 +18,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate.utils.memory import clear_device_cache
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils.torch_utils import randn_tensor
+
+
+_NEGATIVE = "negative_"
+
+
+def add_negative(
+    conditioning: dict[str, torch.Tensor], negative: dict[str, torch.Tensor], num: int
+) -> dict[str, torch.Tensor]:
+    """A conditioning of B rows, with the one row of the negative prompt as B more entries `negative_{name}`."""
+    expanded = {f"{_NEGATIVE}{name}": tensor.expand(num, *tensor.shape[1:]) for name, tensor in negative.items()}
+    return {**conditioning, **expanded}
 
 
 def check_multiple(height: int, width: int, multiple: int, family: str) -> None:
@@ -42,11 +55,14 @@ class FlowModel(ABC):
     What a trainer needs of a text-to-image pipeline: the only seam between pipelines and trainers.
 
     Notation: x_s = (1 - s) x_0 + s e with s = sigma in [0, 1], 1 is noise; the network predicts v = e - x_0. Latents
-    are what the network sees, always float32 outside of it. The VAE, the text encoders and the denoiser are put in
+    are the VAE's, normalised: `(B, C, h, w)`, or `(B, C, F, h, w)` with frames, always float32. How the network wants
+    them (packed, patched, as a list), and the time, and in which sign it answers, is known to the family's `forward`
+    alone; so the size of an image follows from its latents. The VAE, the text encoders and the denoiser are put in
     eval mode and frozen; the trainer makes the denoiser, or its adapter, trainable again.
 
-    A new family is one subclass, one entry of `FLOW_MODELS` and one row in the table of
-    `tests/models/test_families.py`, which requires the very latents and images of the family's own pipeline.
+    A new family is one subclass with `encode` and `forward`, one entry of `FLOW_MODELS` and one row in the table of
+    `tests/models/test_families.py`, which requires the very latents and images of the family's own pipeline. What it
+    inherits it overrides where its pipeline differs.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
@@ -67,7 +83,7 @@ class FlowModel(ABC):
             What latents and embeddings are cast to before the denoiser. That of its weights at construction; set it
             where an engine converts the weights afterwards (DeepSpeed with bf16).
         max_sequence_length (`int`):
-            Tokens the T5 encoder sees of a prompt.
+            Tokens of a prompt that the network sees at most.
 
     Raises:
         `ValueError`: for another pipeline class, or a scheduler that does not integrate a flow.
@@ -76,12 +92,15 @@ class FlowModel(ABC):
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     lora_target_modules: ClassVar[list[str]]
     """Names of the attention layers, for [`~peft.LoraConfig`]."""
-    shared_conditioning: ClassVar[tuple[str, ...]] = ()
-    """Entries of the conditioning that are the same for every prompt: stored once by the prompt cache."""
+    true_guidance: ClassVar[bool] = False
+    """Whether guidance is a second forward with a negative prompt, and not a number that the network takes."""
+    variable_length: ClassVar[tuple[str, ...]] = ()
+    """Entries of a prompt's conditioning whose first dimension is the prompt's length: padded, with a mask."""
+    patch_size: int = 2
+    """Latent pixels along the side of one token."""
     default_guidance_scale: float
     """Guidance of the family's pipeline where the user gives none; 1 is no guidance."""
-    latent_downsample: int
-    """Pixels along the side of one token: VAE factor times patch size."""
+    max_sequence_length: int
 
     def __init__(
         self,
@@ -120,6 +139,7 @@ class FlowModel(ABC):
         }
         self.transformer_config = pipeline.transformer.config
         self.dtype = pipeline.transformer.dtype
+        self.negative_prompt = "" if self.true_guidance else None
         for module in (self.vae, pipeline.transformer, *self.text_encoders.values()):
             module.requires_grad_(False)
             module.eval()
@@ -134,6 +154,11 @@ class FlowModel(ABC):
         """Height and width in pixels of the pipeline's images where the user gives none."""
         size = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
         return size, size
+
+    @property
+    def latent_downsample(self) -> int:
+        """Pixels along the side of one token: sizes must be multiples of it."""
+        return self.pipeline.vae_scale_factor * self.patch_size
 
     @property
     def max_size(self) -> int | None:
@@ -151,17 +176,34 @@ class FlowModel(ABC):
                 )
 
     # ------------------------------------------------------------------------------------------------------- prompts
-    def encode_prompt(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+    @abstractmethod
+    def encode(self, prompts: list[str], device: torch.device) -> list[dict[str, torch.Tensor]]:
         """
-        Encode prompts, without gradient and outside of autocast (under which T5 can overflow).
+        The family's: the conditioning of each prompt, by the pipeline's own method, so that a prompt means what it
+        means in the pipeline.
+
+        Args:
+            prompts (`list[str]` of length B):
+                Prompts.
+            device (`torch.device`):
+                Where the text encoders are.
+
+        Returns:
+            `list[dict[str, torch.Tensor]]` of length B: tensors without a dimension for the batch, those named in
+            `variable_length` without padding.
+        """
+
+    def encode_rows(self, prompts: list[str]) -> list[dict[str, torch.Tensor]]:
+        """
+        The conditioning of each prompt, without gradient and outside of autocast (under which T5 can overflow).
 
         Args:
             prompts (`list[str]` of length B):
                 Prompts.
 
         Returns:
-            `dict[str, torch.Tensor]`: the denoiser's conditioning; the first dimension of every entry is B. On the
-            text encoders' device and in their dtype.
+            `list[dict[str, torch.Tensor]]` of length B: one row for [`collate`] for each prompt. On the text encoders'
+            device and in their dtype.
 
         Raises:
             `RuntimeError`: if the text encoders were freed.
@@ -173,10 +215,59 @@ class FlowModel(ABC):
             )
         device = next(iter(self.text_encoders.values())).device
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            return self._encode_prompt(prompts, device)
+            return self.encode(prompts, device)
 
-    @abstractmethod
-    def _encode_prompt(self, prompts: list[str], device: torch.device) -> dict[str, torch.Tensor]: ...
+    def row_length(self, row: dict[str, torch.Tensor]) -> int:
+        """Length of a prompt's conditioning; 0 where the family's all have the same."""
+        return max((len(row[name]) for name in self.variable_length), default=0)
+
+    def collate(self, rows: list[dict[str, torch.Tensor]], length: int | None = None) -> dict[str, torch.Tensor]:
+        """
+        Rows of [`encode_rows`] as a batch.
+
+        Args:
+            rows (`list[dict[str, torch.Tensor]]` of length B):
+                Rows.
+            length (`int`, *optional*):
+                What entries of variable length are padded to; the longest row's by default. Give one length for a whole
+                run, and no row depends on the rows beside it, to the last bit.
+
+        Returns:
+            `dict[str, torch.Tensor]`: the first dimension of every entry is B. Entries of variable length have a mask
+            beside them, `{name}_mask` `(B, length)`, `bool`, true where a row has content.
+        """
+        if length is None:
+            length = max(self.row_length(row) for row in rows)
+        batch = {}
+        for name in rows[0]:
+            tensors = [row[name] for row in rows]
+            if name in self.variable_length:
+                lengths = torch.tensor([len(tensor) for tensor in tensors], device=tensors[0].device)
+                batch[f"{name}_mask"] = torch.arange(length, device=lengths.device) < lengths[:, None]
+                tensors = [F.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, length - len(tensor))) for tensor in tensors]
+            batch[name] = torch.stack(tensors)
+        return batch
+
+    def encode_prompt(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """
+        The denoiser's conditioning of prompts as a batch, with that of the negative prompt where guidance needs it.
+
+        Args:
+            prompts (`list[str]` of length B):
+                Prompts.
+
+        Returns:
+            `dict[str, torch.Tensor]`: the first dimension of every entry is B; the negative prompt's entries are named
+            `negative_{name}`. On the text encoders' device and in their dtype.
+
+        Raises:
+            `RuntimeError`: if the text encoders were freed.
+        """
+        if self.negative_prompt is None:
+            return self.collate(self.encode_rows(prompts))
+        batch = self.collate(self.encode_rows([*prompts, self.negative_prompt]))
+        conditioning = {name: tensor[:-1] for name, tensor in batch.items()}
+        return add_negative(conditioning, {name: tensor[-1:] for name, tensor in batch.items()}, len(prompts))
 
     @contextlib.contextmanager
     def text_encoders_on(self, device: torch.device) -> Iterator[None]:
@@ -233,23 +324,27 @@ class FlowModel(ABC):
         """
         # A copy, because set_timesteps changes the scheduler, which may be in use.
         scheduler = copy.deepcopy(self.pipeline.scheduler)
-        config = scheduler.config
-        mu = None
-        if config.use_dynamic_shifting:
-            mu = calculate_shift(
-                (height // self.latent_downsample) * (width // self.latent_downsample),
-                config.base_image_seq_len,
-                config.max_image_seq_len,
-                config.base_shift,
-                config.max_shift,
-            )
-        sigmas = self._unshifted_sigmas(num_inference_steps)
+        num_tokens = (height // self.latent_downsample) * (width // self.latent_downsample)
+        mu = self.schedule_shift(num_tokens, num_inference_steps) if scheduler.config.use_dynamic_shifting else None
+        sigmas = self.unshifted_sigmas(num_inference_steps)
         scheduler.set_timesteps(num_inference_steps, device="cpu", sigmas=sigmas, mu=mu)
         return scheduler.sigmas
 
-    def _unshifted_sigmas(self, num_inference_steps: int) -> Sequence[float] | None:
-        """The sigmas the pipeline passes to its scheduler; `None`: the scheduler makes them."""
-        return None
+    def schedule_shift(self, num_tokens: int, num_inference_steps: int) -> float:
+        """The mu that the pipeline passes to a scheduler with dynamic shifting."""
+        config = self.pipeline.scheduler.config
+        return calculate_shift(
+            num_tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+        )
+
+    def unshifted_sigmas(self, num_inference_steps: int) -> Sequence[float] | None:
+        """The sigmas that the pipeline passes to its scheduler; `None`: the scheduler makes them."""
+        return np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape `(C, h, w)`, or `(C, F, h, w)`, of the latents of an image of a size in pixels."""
+        factor = self.pipeline.vae_scale_factor
+        return (self.vae.config.latent_channels, height // factor, width // factor)
 
     def draw_noise(
         self,
@@ -273,16 +368,41 @@ class FlowModel(ABC):
                 Where the result goes. With CPU generators the values are the same on every device.
 
         Returns:
-            `torch.Tensor` of shape `(B, ...)`: float32, in the layout the network sees.
+            `torch.Tensor` of shape `(B, C, [F,] h, w)`: float32.
         """
         if isinstance(generator, list) and len(generator) != num:
             raise ValueError(f"Got {len(generator)} generators for {num} samples: pass one, or one for each sample.")
-        factor = self.pipeline.vae_scale_factor
-        shape = (num, self.vae.config.latent_channels, height // factor, width // factor)
-        noise = randn_tensor(shape, generator=generator, device=torch.device(device), dtype=torch.float32)
-        return self._pack(noise)
+        shape = (num, *self.latent_shape(height, width))
+        return randn_tensor(shape, generator=generator, device=torch.device(device), dtype=torch.float32)
 
     @abstractmethod
+    def forward(
+        self,
+        denoiser: torch.nn.Module,
+        latents: torch.Tensor,
+        sigma: torch.Tensor,
+        conditioning: dict[str, torch.Tensor],
+        guidance_scale: float,
+    ) -> torch.Tensor:
+        """
+        The family's: one forward of the network.
+
+        Args:
+            denoiser (`torch.nn.Module`):
+                The network to call, which may be wrapped, and not the pipeline's.
+            latents (`torch.Tensor` of shape `(B, C, [F,] h, w)`):
+                Noisy latents, in the network's dtype.
+            sigma (`torch.Tensor` of shape `(B,)`):
+                Noise levels, float32, not to be rounded: rollout and training must tell the network the same.
+            conditioning (`dict[str, torch.Tensor]`):
+                Rows of [`encode`], collated, in the network's dtype.
+            guidance_scale (`float`):
+                For a network in which guidance is embedded.
+
+        Returns:
+            `torch.Tensor` of the shape of `latents`: the prediction of e - x_0, in any dtype.
+        """
+
     def velocity(
         self,
         denoiser: torch.nn.Module,
@@ -290,8 +410,6 @@ class FlowModel(ABC):
         sigma: torch.Tensor,
         conditioning: dict[str, torch.Tensor],
         guidance_scale: float,
-        height: int,
-        width: int,
     ) -> torch.Tensor:
         """
         The network's prediction v of e - x_0, differentiable, with guidance.
@@ -299,54 +417,73 @@ class FlowModel(ABC):
         Args:
             denoiser (`torch.nn.Module`):
                 [`denoiser`], wrapped or not (PEFT, DDP, FSDP, DeepSpeed).
-            latents (`torch.Tensor` of shape `(B, ...)`):
+            latents (`torch.Tensor` of shape `(B, C, [F,] h, w)`):
                 Noisy latents, float32 (or float64, with weights in float64).
             sigma (`torch.Tensor` of shape `()` or `(B,)`):
                 Noise level in [0, 1], the exact one of the schedule, neither rounded nor truncated.
             conditioning (`dict[str, torch.Tensor]`):
                 Result of [`encode_prompt`], one row for each row of `latents`.
             guidance_scale (`float`):
-                Guidance, embedded or classifier-free, as in the family's pipeline.
-            height (`int`), width (`int`):
-                Image size in pixels.
+                Guidance, embedded or true, as in the family's pipeline.
 
         Returns:
             `torch.Tensor` of the shape and dtype of `latents`.
         """
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device).expand(latents.shape[0])
+        hidden_states = latents.to(self.dtype)
+        positive, negative = {}, {}
+        for name, tensor in conditioning.items():
+            tensor = tensor.to(latents.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
+            if name.startswith(_NEGATIVE):
+                negative[name.removeprefix(_NEGATIVE)] = tensor
+            else:
+                positive[name] = tensor
+        if not self.is_guided(guidance_scale):
+            return self.forward(denoiser, hidden_states, sigma, positive, guidance_scale).to(latents.dtype)
+        # One doubled batch, the negative prompt first.
+        velocity = self.forward(
+            denoiser,
+            torch.cat([hidden_states, hidden_states]),
+            torch.cat([sigma, sigma]),
+            {name: torch.cat([negative[name], positive[name]]) for name in positive},
+            guidance_scale,
+        )
+        negative, positive = velocity.to(latents.dtype).chunk(2)
+        return self.guide(positive, negative, guidance_scale)
 
-    @staticmethod
-    def _rows(sigma: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """Sigma `()` or `(B,)` as float32 `(B,)` on the device of the latents."""
-        return torch.as_tensor(sigma, dtype=torch.float32, device=latents.device).expand(latents.shape[0])
+    def is_guided(self, guidance_scale: float) -> bool:
+        """Whether this guidance takes a second forward, with the negative prompt."""
+        return self.true_guidance and guidance_scale > 1
 
-    def _to_network(self, tensor: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        return tensor.to(device=latents.device, dtype=self.dtype)
+    def guide(self, positive: torch.Tensor, negative: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+        """
+        [Classifier-free guidance](https://huggingface.co/papers/2207.12598) of two velocities `(B, C, [F,] h, w)`, that
+        of the prompts and that of the negative prompt.
+        """
+        return negative + guidance_scale * (positive - negative)
 
     # ----------------------------------------------------------------------------------------------------------- VAE
-    def _pack(self, latents: torch.Tensor) -> torch.Tensor:
-        """From the VAE's layout `(B, C, h, w)` to the network's."""
-        return latents
-
-    def _unpack(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """From the network's layout to the VAE's, `(B, C, h, w)`."""
-        return latents
-
-    def decode(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    def latent_statistics(self) -> tuple[float | torch.Tensor, float | torch.Tensor]:
         """
-        Images of clean latents, differentiable (where the clamp is not active).
+        Shift and scale between what the VAE encodes, z, and latents: `latents = (z - shift) * scale`. Numbers, or tensors
+        that broadcast with `(B, C, [F,] h, w)`.
+        """
+        return self.vae.config.shift_factor, self.vae.config.scaling_factor
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """
+        Images of clean latents, differentiable (where the clamp is not active). Their size follows from the latents'.
 
         Args:
-            latents (`torch.Tensor` of shape `(B, ...)`):
-                Clean latents, as the network sees them, float32 (or float64, with a VAE in float64).
-            height (`int`), width (`int`):
-                Image size in pixels.
+            latents (`torch.Tensor` of shape `(B, C, h, w)`):
+                Clean latents, float32 (or float64, with a VAE in float64).
 
         Returns:
             `torch.Tensor` of shape `(B, 3, H, W)`: in [0, 1], in the dtype of the latents.
         """
-        config = self.vae.config
-        latents = self._unpack(latents, height, width) / config.scaling_factor + config.shift_factor
-        images = self.vae.decode(latents.to(device=self.vae.device, dtype=self.vae.dtype), return_dict=False)[0]
+        shift, scale = self.latent_statistics()
+        z = latents / scale + shift
+        images = self.vae.decode(z.to(device=self.vae.device, dtype=self.vae.dtype), return_dict=False)[0]
         return (images.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
 
     def encode_image(
@@ -362,14 +499,14 @@ class FlowModel(ABC):
                 Sample the VAE's posterior with it. By default its mode is taken.
 
         Returns:
-            `torch.Tensor` of shape `(B, ...)`: float32 latents, as the network sees them.
+            `torch.Tensor` of shape `(B, C, h, w)`: float32 latents.
         """
         self.check_size(*images.shape[-2:])
-        config = self.vae.config
         images = (images * 2 - 1).to(device=self.vae.device, dtype=self.vae.dtype)
         posterior = self.vae.encode(images).latent_dist
         latents = posterior.mode() if generator is None else posterior.sample(generator)
-        return self._pack((latents.float() - config.shift_factor) * config.scaling_factor)
+        shift, scale = self.latent_statistics()
+        return (latents.float() - shift) * scale
 
     def enable_vae_gradient_checkpointing(self) -> None:
         """

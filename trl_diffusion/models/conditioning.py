@@ -25,13 +25,18 @@ import diffusers
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from huggingface_hub import cached_assets_path
 from tqdm.auto import tqdm
 
 from ..data.prompt_store import PromptStore
-from .base import FlowModel
+from .base import FlowModel, add_negative
 
 
+Row = dict[str, torch.Tensor]
+
+# Prompts of each process.
+EXCHANGED_TOGETHER = 8
 # Part of every key: raise it when the content or layout of entries changes.
 _FORMAT = "2"
 
@@ -93,6 +98,10 @@ class Conditioning:
             Prompts of a window. One prompt of FLUX.1 takes 4 MiB of host memory in bfloat16.
         store ([`~trl_diffusion.data.prompt_store.PromptStore`], *optional*):
             Where embeddings are looked up before, and kept.
+
+    Attributes:
+        upcoming (`Callable`):
+            Gives the prompts that this process will ask for from now on; windows that [`get`] begins follow it.
     """
 
     def __init__(
@@ -102,19 +111,35 @@ class Conditioning:
         self.device = device
         self.window = window
         self.store = store
-        # The prompts that come next, from now on, for windows that `get` begins.
         self.upcoming: Callable[[], Iterable[str]] = tuple
-        self._kept: dict[str, dict[str, torch.Tensor]] = {}
-        self._window: dict[str, dict[str, torch.Tensor]] = {}
+        self._kept: dict[str, Row] = {}
+        self._window: dict[str, Row] = {}
+        # What entries of variable length are padded to, so that no row depends on the rows beside it.
+        self._length = flow_model.max_sequence_length
 
-    def keep(self, prompts: Iterable[str]) -> None:
+    def keep_all(self, prompts: Iterable[str]) -> None:
         """
-        Encode prompts, and keep their embeddings in memory for good.
+        Encode all the prompts of a run, each process its share, keep them in memory on every process, and free the text
+        encoders. To be called on every process.
 
         Args:
-            prompts (`Iterable[str]`): repeated ones cost nothing.
+            prompts (`Iterable[str]`): the same on every process; repeated ones cost nothing.
         """
-        self._kept |= self._encoded(list(dict.fromkeys(prompts)))
+        negative = self.flow_model.negative_prompt
+        distinct = list(dict.fromkeys([*prompts, *([] if negative is None else [negative])]))
+        state = PartialState()
+        mine = self._encoded(distinct[state.process_index :: state.num_processes])
+        # In small parts: NCCL exchanges objects in the accelerator's memory.
+        share = list(mine.items())
+        rounds = -(-len(distinct) // state.num_processes)
+        for start in range(0, rounds, EXCHANGED_TOGETHER):
+            self._kept |= dict(gather_object(share[start : start + EXCHANGED_TOGETHER]))
+        self._length = max(map(self.flow_model.row_length, self._kept.values()))
+        self.flow_model.free_text_encoders()
+
+    def keep(self, prompts: Iterable[str]) -> None:
+        """Encode prompts and keep them in memory on this process."""
+        self._kept |= self._encoded([prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept])
 
     def get(self, prompts: list[str], ahead: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
         """
@@ -127,20 +152,28 @@ class Conditioning:
                 What will be asked for after these; `upcoming()` by default.
 
         Returns:
-            `dict[str, torch.Tensor]`: as [`FlowModel.collate`] gives it; the first dimension of every entry is B.
+            `dict[str, torch.Tensor]`: as [`FlowModel.encode_prompt`] gives it; the first dimension of every entry is B.
 
         Raises:
-            `RuntimeError`: a prompt must be encoded, and the text encoders were freed.
+            `RuntimeError`: a prompt must be encoded, and the text encoders are gone.
         """
+        negative = self.flow_model.negative_prompt
         distinct = list(dict.fromkeys(prompts))
-        if any(prompt not in self._kept and prompt not in self._window for prompt in distinct):
+        needed = [*distinct, *([] if negative is None else [negative])]
+        if any(prompt not in self._kept and prompt not in self._window for prompt in needed):
+            if negative is not None:
+                self.keep([negative])
             self._advance(distinct, self.upcoming() if ahead is None else ahead)
-        rows = [self._kept.get(prompt) or self._window[prompt] for prompt in distinct]
         # Each distinct prompt is moved once; its G generations are copies on the device.
         position = {prompt: i for i, prompt in enumerate(distinct)}
         index = torch.tensor([position[prompt] for prompt in prompts], device=self.device)
-        batch = self.flow_model.collate(rows)
-        return {name: tensor.to(self.device)[index] for name, tensor in batch.items()}
+        conditioning = {name: tensor[index] for name, tensor in self._batch(distinct).items()}
+        return conditioning if negative is None else add_negative(conditioning, self._batch([negative]), len(prompts))
+
+    def _batch(self, prompts: list[str]) -> Row:
+        rows = [self._kept[prompt] if prompt in self._kept else self._window[prompt] for prompt in prompts]
+        length = max(self._length, *map(self.flow_model.row_length, rows))
+        return {name: tensor.to(self.device) for name, tensor in self.flow_model.collate(rows, length).items()}
 
     def _advance(self, prompts: list[str], ahead: Iterable[str]) -> None:
         wanted = dict.fromkeys(prompt for prompt in prompts if prompt not in self._kept)
@@ -150,28 +183,23 @@ class Conditioning:
                 break
             if prompt not in self._kept:
                 wanted[prompt] = None
-        before, self._window = self._window, {}
-        self._window = {prompt: before[prompt] for prompt in wanted if prompt in before}
-        del before
+        self._window = {prompt: self._window[prompt] for prompt in wanted if prompt in self._window}
         self._window |= self._encoded([prompt for prompt in wanted if prompt not in self._window])
 
-    def _encoded(self, prompts: list[str]) -> dict[str, dict[str, torch.Tensor]]:
+    def _encoded(self, prompts: list[str]) -> dict[str, Row]:
         """The embeddings of distinct prompts, from the store or of the text encoders, on the CPU."""
-        found = {}
+        found: dict[str, Row] = {}
         if self.store is not None:
-            for prompt in prompts:
-                tensors = self.store.get(prompt)
-                if tensors is not None:
-                    found[prompt] = tensors
+            found = {prompt: row for prompt in prompts if (row := self.store.get(prompt)) is not None}
         missing = [prompt for prompt in prompts if prompt not in found]
         if not missing:
             return found
+        hidden = None if PartialState().is_local_main_process else True
         with self.flow_model.text_encoders_on(self.device):
-            for prompt in tqdm(
-                missing, desc="Encoding prompts", disable=not PartialState().is_local_main_process, leave=False
-            ):
-                (row,) = self.flow_model.encode([prompt])
-                found[prompt] = {name: tensor.cpu() for name, tensor in row.items()}
+            for prompt in tqdm(missing, desc="Encoding prompts", unit="prompt", leave=False, disable=hidden):
+                (row,) = self.flow_model.encode_rows([prompt])
+                # A copy, which keeps no memory of the encoders' alive.
+                found[prompt] = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in row.items()}
                 if self.store is not None:
                     self.store.put(prompt, found[prompt])
         if self.store is not None:

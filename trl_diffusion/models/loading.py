@@ -28,6 +28,7 @@ from transformers.integrations import deepspeed
 from .. import shapes
 from .base import FlowModel, check_multiple
 from .flux import FluxFlowModel
+from .passed import make_plain
 from .sd3 import SD3FlowModel
 
 
@@ -72,7 +73,7 @@ def load_flow_model(
     Args:
         model (`str`, `os.PathLike` or [`~diffusers.DiffusionPipeline`]):
             Id of a pipeline on the Hub, path of one saved with `save_pretrained`, `"shapes"` for the embedded world,
-            or a loaded pipeline.
+            or a loaded pipeline, which [`~trl_diffusion.models.passed.make_plain`] changes in place.
         torch_dtype (`torch.dtype`, *optional*):
             Dtype of all weights. By default float32, whatever they were saved in. Not for a loaded pipeline.
         size (`tuple`, *optional*):
@@ -92,7 +93,9 @@ def load_flow_model(
         if torch_dtype is not None or kwargs:
             given = sorted(kwargs) + (["torch_dtype"] if torch_dtype is not None else [])
             raise ValueError(f"{given} only apply to a model that is still to be loaded, not to a loaded pipeline.")
-        return _family_of(type(model).__name__, model)(model)
+        flow_model_class = _family_of(type(model).__name__, model)
+        make_plain(model)
+        return flow_model_class(model)
     if model == "shapes":
         # FluxPipeline takes 128 latents a side for its default whatever it loads; this one draws smaller pictures.
         flow_model = load_flow_model(shapes.pipeline_path(), torch_dtype, **kwargs)

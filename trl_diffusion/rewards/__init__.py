@@ -17,7 +17,7 @@
 import importlib
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,11 @@ from .base import (
     score_pictures,
     to_pil,
 )
+from .functions import check_function
 from .preprocessing import to_tensor
 from .pretrained import PretrainedReward, TwoTowerReward
 from .remote import RemoteReward, RewardServerError, check_url
+from .specification import RewardSpec, checked_options, merged_options, parse_spec, spec_text
 
 
 # Reward name -> where it is defined. Imported on demand: most runs need one of them.
@@ -53,64 +55,63 @@ REWARDS = {
 WITH_WEIGHTS = {"aesthetic", "clip", "hpsv2", "hpsv3", "image_reward", "pickscore", "vqa"}
 WITH_ADDRESS = {"remote": "the address of a server ('remote:http://127.0.0.1:8000')"}
 WITH_CALLABLE = {"ocr": "the dotted path of a recogniser ('ocr:my_package.read_texts')"}
+WITH_PLACE = WITH_WEIGHTS | WITH_ADDRESS.keys() | WITH_CALLABLE.keys()
 
 # Models that are in use somewhere, so that a reward that is trained and measured as well is loaded once.
 _LOADED: weakref.WeakValueDictionary[tuple, RewardModel] = weakref.WeakValueDictionary()
 
 
-def check_reward(spec: str | Reward) -> None:
+def check_reward(spec: str | Mapping[str, Any] | Reward, columns: Collection[str] | None = None) -> None:
     """
-    Refuse what [`load_reward`] could not load, without loading anything.
+    Refuse what [`load_reward`] could not load or a trainer could not call, without loading weights.
+
+    Args:
+        spec (`str`, `Mapping`, [`RewardModel`] or `Callable`): see [`load_reward`].
+        columns (`Collection[str]`, *optional*): of the dataset, without "prompt", which functions may ask for.
 
     Raises:
         `ValueError`: an unknown name, the message lists the known ones; a name without the address it needs, a folder
-        that does not exist. `TypeError`: neither a name, a [`RewardModel`] nor a callable.
+        that does not exist, an option that the reward does not have or of another type, a dotted path that leads nowhere.
+        `TypeError`: neither a name, a [`RewardModel`] nor a callable, or a callable that cannot be called with images and
+        prompts.
     """
-    if not isinstance(spec, str):
-        if not callable(spec):
-            raise TypeError(
-                f"A reward must be a name, a RewardModel or a callable, got {spec!r} of type {type(spec).__name__}."
-            )
-        return
-    name, colon, location = spec.partition(":")
-    if name not in REWARDS:
-        if "." in name and not colon:
+    if isinstance(spec, str | Mapping):
+        parsed = _check_named(spec)
+        if parsed.name in REWARDS:
             return
-        raise ValueError(
-            f"Unknown reward {spec!r}. Give one of {', '.join(map(repr, sorted(REWARDS)))}, the dotted path of a "
-            "callable ('my_package.my_rewards.brightness'), a RewardModel or a callable."
+        reward = _named(parsed, spec)
+        if not inspect.isclass(reward):
+            check_reward(reward, columns)
+        return
+    if isinstance(spec, RewardModel):
+        if list(inspect.signature(spec.score).parameters)[:2] == ["prompts", "images"]:
+            raise TypeError(
+                f"{type(spec).__name__}.score takes prompts before images. Write it as score(self, images, prompts)."
+            )
+    elif callable(spec):
+        check_function(spec, columns)
+    else:
+        raise TypeError(
+            f"A reward must be a name, a RewardModel or a callable, got {spec!r} of type {type(spec).__name__}."
         )
-    needs = {**WITH_ADDRESS, **WITH_CALLABLE}
-    if name in needs:
-        if not location:
-            raise ValueError(f"The reward {spec!r} needs {needs[name]}.")
-        if name in WITH_ADDRESS:
-            check_url(location)
-        elif "." not in location:
-            raise ValueError(f"The reward {spec!r} needs {needs[name]}, got {location!r}.")
-    elif name in WITH_WEIGHTS:
-        if colon and not location:
-            raise ValueError(f"The reward {spec!r} names no weights. Leave the colon out or give a folder after it.")
-        if location.startswith(("/", "./", "../", "~")) and not Path(location).expanduser().is_dir():
-            raise ValueError(f"The reward {spec!r} names the folder {location!r}, which does not exist.")
-    elif colon:
-        raise ValueError(f"The reward {name!r} takes nothing after a colon, got {spec!r}.")
 
 
-def load_reward(spec: str | Reward, **options: Any) -> Reward:
+def load_reward(spec: str | Mapping[str, Any] | Reward, **options: Any) -> Reward:
     """
     Turn a specification into a reward.
 
     A model that is loaded with the same name and options and still in use is not loaded again.
 
     Args:
-        spec (`str`, [`RewardModel`] or `Callable`):
+        spec (`str`, `Mapping`, [`RewardModel`] or `Callable`):
             The name of a reward (`"hpsv2"`), a name with the folder or Hub repository of its weights
             (`"hpsv2:/path"`), a server (`"remote:http://..."`), a recogniser of text
             (`"ocr:my_package.read_texts"`), the dotted path of a callable or [`RewardModel`] class
-            (`"my_package.my_rewards.brightness"`), or the thing itself.
+            (`"my_package.my_rewards.brightness"`), or the thing itself. Options of the class follow the name or the
+            place (`"pickscore:scale=0.05"`, `"hpsv2:/path,scale=2,dtype=bfloat16"`), or stand in a mapping
+            (`{"name": "hpsv2:/path", "scale": 2}`).
         **options:
-            Passed to the class that `spec` names, e.g. `dtype`, `reward_batch_size`, `scale`.
+            Further options of the class that `spec` names, e.g. `dtype`, `reward_batch_size`, `scale`.
 
     Returns:
         A frozen [`RewardModel`], or a callable.
@@ -120,59 +121,133 @@ def load_reward(spec: str | Reward, **options: Any) -> Reward:
         something that is loaded already or is no class.
     """
     check_reward(spec)
-    if not isinstance(spec, str):
+    if not isinstance(spec, str | Mapping):
         if options:
             raise ValueError(f"{sorted(options)} only apply to a reward that is given by name, not to {spec!r}.")
         return spec.freeze() if isinstance(spec, RewardModel) else spec
-    key = (spec, *sorted(options.items()))
+    parsed = parse_spec(spec)
+    reward = _named(parsed, spec)
+    options = checked_options(spec, reward, merged_options(spec, parsed.options, options), parsed.name in WITH_PLACE)
+    key = (parsed.name, parsed.place, *sorted(options.items()))
     if key in _LOADED:
         return _LOADED[key]
-    name, _, location = spec.partition(":")
-    reward = _named(spec)
     if inspect.isclass(reward):
-        if name in WITH_CALLABLE:
-            module, _, attribute = location.rpartition(".")
+        if parsed.name in WITH_CALLABLE:
+            module, _, attribute = parsed.place.rpartition(".")
             reward = reward(_import(module, attribute, spec), **options)
         else:
-            reward = reward(location, **options) if location else reward(**options)
-    elif options:
-        raise ValueError(f"The reward {spec!r} is a function and takes no {sorted(options)}.")
+            reward = reward(**options) if parsed.place is None else reward(parsed.place, **options)
+        check_reward(reward)
     if isinstance(reward, RewardModel):
         reward.freeze()
         _LOADED[key] = reward
     return reward
 
 
-def is_differentiable(spec: str | Reward) -> bool:
+def is_differentiable(spec: str | Mapping[str, Any] | Reward) -> bool:
     """
     Whether a specification is a [`RewardModel`] or names one, without loading weights.
 
     Raises:
-        As [`check_reward`]; `ValueError`: a dotted path that leads nowhere.
+        As [`check_reward`].
     """
     check_reward(spec)
-    if not isinstance(spec, str):
+    if not isinstance(spec, str | Mapping):
         return isinstance(spec, RewardModel)
-    reward = _named(spec)
+    reward = _named(parse_spec(spec), spec)
     return issubclass(reward, RewardModel) if inspect.isclass(reward) else isinstance(reward, RewardModel)
 
 
-def _named(spec: str) -> Any:
+def asks_for_column(spec: str | Mapping[str, Any] | Reward, column: str) -> bool:
+    """
+    Whether a reward asks for a column of the dataset, by its signature: by the name of a parameter, or with `**columns`
+    for all of them, as does a function without a signature. A [`RewardModel`] asks for none. No weights are loaded.
+
+    Raises:
+        As [`is_differentiable`].
+    """
+    if is_differentiable(spec):
+        return False
+    reward = _named(parse_spec(spec), spec) if isinstance(spec, str | Mapping) else spec
+    try:
+        parameters = inspect.signature(reward.__call__ if inspect.isclass(reward) else reward).parameters
+    except ValueError:  # a built-in function that does not tell
+        return True
+    return column in parameters or any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+
+
+def usual_range(spec: str | Mapping[str, Any] | Reward) -> tuple[float, float] | None:
+    """
+    The scores that a specification gives most images, lowest and highest, its `scale` included, without loading weights.
+    None where that is not known.
+    """
+    if isinstance(spec, str | Mapping):
+        parsed = parse_spec(spec)
+        reward = _named(parsed, spec)
+        if not inspect.isclass(reward) or not issubclass(reward, PretrainedReward):
+            return None
+        scale = checked_options(spec, reward, parsed.options, parsed.name in WITH_PLACE).get("scale", 1.0)
+    elif isinstance(spec, PretrainedReward):
+        reward, scale = spec, spec.scale
+    else:
+        return None
+    return None if reward.usual_range is None else tuple(sorted(scale * end for end in reward.usual_range))
+
+
+def _check_named(spec: str | Mapping[str, Any]) -> RewardSpec:
+    """The parts of a specification by name, once they are checked without importing what needs no import."""
+    parsed = parse_spec(spec)
+    name, place = parsed.name, parsed.place
+    if name not in REWARDS and ("." not in name or place is not None):
+        raise ValueError(
+            f"Unknown reward {spec!r}. Give one of {', '.join(map(repr, sorted(REWARDS)))}, the dotted path of a "
+            "callable ('my_package.my_rewards.brightness'), a RewardModel or a callable."
+        )
+    needs = {**WITH_ADDRESS, **WITH_CALLABLE}
+    if name in needs:
+        if not place:
+            raise ValueError(f"The reward {spec!r} needs {needs[name]}.")
+        if name in WITH_ADDRESS:
+            check_url(place)
+        elif "." not in place:
+            raise ValueError(f"The reward {spec!r} needs {needs[name]}, got {place!r}.")
+    elif name in WITH_WEIGHTS:
+        if place == "":
+            raise ValueError(f"The reward {spec!r} names no weights. Leave the colon out or give a folder after it.")
+        if place is not None and place.startswith(("/", "./", "../", "~")) and not Path(place).expanduser().is_dir():
+            raise ValueError(f"The reward {spec!r} names the folder {place!r}, which does not exist.")
+    elif place is not None:
+        raise ValueError(f"The reward {name!r} takes no place after a colon, got {spec!r}.")
+    if parsed.options:
+        checked_options(spec, _named(parsed, spec), parsed.options, name in WITH_PLACE)
+    return parsed
+
+
+def _named(parsed: RewardSpec, spec: Any) -> Any:
     """The class, function or reward that a specification names."""
-    name = spec.partition(":")[0]
-    if name in REWARDS:
-        return _import(*REWARDS[name].split(":"), spec)
-    module, _, attribute = spec.rpartition(".")
+    if parsed.name in REWARDS:
+        return _import(*REWARDS[parsed.name].split(":"), spec)
+    module, _, attribute = parsed.name.rpartition(".")
     return _import(module, attribute, spec)
 
 
-def _import(module: str, attribute: str, spec: str) -> Any:
+def _import(module: str, attribute: str, spec: Any) -> Any:
     try:
-        return importlib.import_module(module).__dict__[attribute]
-    except (ImportError, KeyError) as error:
+        imported = importlib.import_module(module)
+    except Exception as error:  # a module of the user's
+        # Of `a.b`, "a" or "a.b" is missing; another name is missing inside of it.
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise ValueError(
+                f"Cannot load the reward {spec!r}: there is no module {error.name!r}. Modules are looked for in the "
+                "current folder, among installed packages and in PYTHONPATH."
+            ) from error
         raise ValueError(
-            f"Cannot load the reward {spec!r}: there is no {attribute!r} in the module {module!r} ({error})."
+            f"Cannot load the reward {spec!r}: its module {module!r} raises {type(error).__name__} when it is imported: "
+            f"{error}"
         ) from error
+    if attribute not in vars(imported):
+        raise ValueError(f"Cannot load the reward {spec!r}: there is no {attribute!r} in the module {module!r}.")
+    return vars(imported)[attribute]
 
 
 def load_rewards(specs: str | Reward | list[str | Reward] | Callable) -> dict[str, Reward]:
@@ -198,13 +273,17 @@ __all__ = [
     "RewardModel",
     "RewardServerError",
     "TwoTowerReward",
+    "asks_for_column",
     "check_reward",
     "is_differentiable",
     "load_reward",
     "load_rewards",
+    "parse_spec",
     "reward_name",
     "score_images",
     "score_pictures",
+    "spec_text",
     "to_pil",
     "to_tensor",
+    "usual_range",
 ]

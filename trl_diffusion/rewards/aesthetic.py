@@ -65,6 +65,7 @@ class AestheticReward(PretrainedReward):
     """
 
     name = "aesthetic"
+    usual_range = (4.0, 7.0)
     official_file = "sac+logos+ava1-l14-linearMSE.pth"
     official_clip = "openai/clip-vit-large-patch14"
     # The same weights under another name: the original repository is not on the Hub.

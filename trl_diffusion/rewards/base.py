@@ -17,24 +17,45 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .functions import RESERVED, call_function, score_list
 from .preprocessing import to_tensor
+
+
+MEMORY_REMEDY = (
+    "Lower the number of images scored together (rollout_batch_size, per_device_train_batch_size, or the reward's "
+    "reward_batch_size), or make room: offload_frozen=True, reward_gradient_checkpointing=True with SRPO, or the reward on "
+    "a server of its own ('remote:http://...')."
+)
+
+
+class RewardOutOfMemoryError(RuntimeError):
+    """A reward ran out of memory, as it would again with as many images; the message says what to lower."""
+
+
+class _ClassName:
+    """A class attribute that is the name of the class it is read from."""
+
+    def __get__(self, instance: Any, owner: type) -> str:
+        return owner.__name__
 
 
 class RewardModel(nn.Module):
     """
     A frozen, differentiable reward: images and prompts in, one score an image out.
 
-    A subclass sets `name` and writes `score`. It is kept in eval mode with frozen parameters, by [`freeze`]; never
+    A subclass writes `score` and sets `name`, which is the name of the class otherwise. It is kept in eval mode with frozen parameters, by [`freeze`]; never
     score under `no_grad` inside a reward, the trainers decide on that.
 
     ```python
@@ -46,7 +67,7 @@ class RewardModel(nn.Module):
     ```
     """
 
-    name: str
+    name: str = _ClassName()
     gradient_checkpointing = False
 
     def score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -101,11 +122,11 @@ class BlackBoxReward:
     """
     A reward that is no differentiable model and needs a name or settings: a server, a recogniser of text.
 
-    A subclass sets `name` and defines `__call__(images: list[PIL.Image], prompts: list[str], **columns)`, which
-    returns a list of float or None. Plain functions serve as well.
+    A subclass sets `name` (else it is the name of the class) and defines `__call__(images: list[PIL.Image], prompts:
+    list[str], **columns)`, which returns a list of float or None. Plain functions serve as well.
     """
 
-    name: str
+    name: str = _ClassName()
 
 
 # A reward as users give it: a model, or a black box `f(images: list[PIL.Image], prompts: list[str], **columns)` that
@@ -120,6 +141,16 @@ def reward_name(reward: Reward) -> str:
     if isinstance(reward, functools.partial):
         return reward_name(reward.func)
     return reward.__name__ if inspect.isroutine(reward) else type(reward).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or the one that it was raised from, says that memory ran out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError | RewardOutOfMemoryError):
+        return True
+    text = str(error)
+    if isinstance(error, RuntimeError) and ("out of memory" in text or should_reduce_batch_size(RuntimeError(text))):
+        return True
+    return error.__cause__ is not None and is_out_of_memory(error.__cause__)
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
@@ -144,26 +175,35 @@ def score_images(
         applicable".
 
     Raises:
-        `RuntimeError`: the reward raised. `TypeError`: it returned something other than numbers. `ValueError`: it
-        returned a wrong number of scores or an infinite one. Each names the reward and the prompts.
+        `RuntimeError`: the reward raised. [`RewardOutOfMemoryError`]: it ran out of memory. `TypeError`: it returned
+        something other than numbers. `ValueError`: it returned a wrong number of scores or an infinite one, or a column
+        is called "images" or "prompts". Each names the reward and the prompts.
     """
     name = reward_name(reward)
+    columns = columns or {}
+    for column in RESERVED:
+        if column in columns:
+            raise ValueError(f"A column is called {column!r}, which is what rewards call the {column}. Rename it.")
     try:
         if isinstance(reward, RewardModel):
             with torch.no_grad():
-                scores = reward.score(images, prompts).float().tolist()
+                answer = reward.score(images, prompts)
         else:
-            scores = reward(to_pil(images), prompts, **(columns or {}))
-            if isinstance(scores, torch.Tensor):
-                scores = scores.tolist()
+            answer = call_function(reward, to_pil(images), prompts, columns)
+        scores = score_list(answer)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise RewardOutOfMemoryError(
+                f"The reward {name!r} ran out of memory on {len(prompts)} images: {error}. {MEMORY_REMEDY}"
+            ) from error
         raise RuntimeError(
             f"The reward function {name!r} raised {type(error).__name__}: {error} (first of {len(prompts)} prompts: "
             f"{prompts[0]!r}). Mend it, or return None for an image that it cannot score."
         ) from error
-    if isinstance(scores, str) or not isinstance(scores, Sized):
+    if scores is None:
+        shape = f" of shape {tuple(answer.shape)}" if isinstance(answer, torch.Tensor | np.ndarray) else ""
         raise TypeError(
-            f"The reward function {name!r} returned {scores!r} for {len(prompts)} images (first prompt: "
+            f"The reward function {name!r} returned {answer!r}{shape} for {len(prompts)} images (first prompt: "
             f"{prompts[0]!r}). It must return a list with one float or None an image."
         )
     if len(scores) != len(prompts):

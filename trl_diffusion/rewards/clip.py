@@ -39,6 +39,7 @@ class CLIPReward(TwoTowerReward):
     """
 
     name = "clip"
+    usual_range = (0.1, 0.35)
     official = "openai/clip-vit-large-patch14"
     official_tokenizer: str | None = None  # that of the checkpoint itself
 
@@ -89,6 +90,7 @@ class PickScoreReward(CLIPReward):
     """
 
     name = "pickscore"
+    usual_range = (18.0, 24.0)
     official = "yuvalkirstain/PickScore_v1"
     official_tokenizer = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 

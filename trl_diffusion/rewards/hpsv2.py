@@ -68,6 +68,7 @@ class HPSv2Reward(TwoTowerReward):
     """
 
     name = "hpsv2"
+    usual_range = (0.14, 0.33)
     official = "xswu/HPSv2"
     official_file = "HPS_v2.1_compressed.pt"
     official_tokenizer = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"

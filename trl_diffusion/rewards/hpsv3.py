@@ -120,6 +120,7 @@ class HPSv3Reward(PretrainedReward):
     """
 
     name = "hpsv3"
+    usual_range = (0.0, 15.0)
     official = "MizzenAI/HPSv3"
     official_file = "HPSv3.safetensors"
     official_tokenizer = "Qwen/Qwen2-VL-7B-Instruct"

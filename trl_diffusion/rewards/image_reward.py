@@ -68,6 +68,7 @@ class ImageRewardReward(PretrainedReward):
     """
 
     name = "image_reward"
+    usual_range = (-2.0, 2.0)
     official = "THUDM/ImageReward"
     official_file = "ImageReward.pt"
     official_tokenizer = "bert-base-uncased"

@@ -39,6 +39,9 @@ class PretrainedReward(RewardModel):
             What scores are multiplied by.
     """
 
+    usual_range: tuple[float, float] | None = None
+    """Lowest and highest score that most images get, without `scale`, where that is known."""
+
     def __init__(
         self,
         dtype: torch.dtype | None = None,

@@ -197,6 +197,7 @@ class RemoteReward(BlackBoxReward):
             raise _TryAgain(f"answered {response.status_code}: {said}")
         remedy = {
             401: f"Set the environment variable {TOKEN_VARIABLE} to the token that the server was started with.",
+            507: f"Lower batch_size, now {self.batch_size}, or give the server's reward a smaller reward_batch_size.",
             413: f"Lower batch_size, now {self.batch_size}, or start the server with a larger --max-request-mb.",
         }.get(response.status_code, "Check the address and the log of the server.")
         raise RewardServerError(f"The reward server {self.url} answered {response.status_code}: {said} {remedy}")

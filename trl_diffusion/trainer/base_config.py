@@ -21,11 +21,17 @@ from typing import Any, ClassVar
 
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 from transformers.utils.versions import require_version
 
-from .config_checks import check_types
+from .config_checks import check_settings_act, check_types
+from .process_group import destroy_process_group_at_exit
 from .sharding import set_bucket_sizes
+
+
+# Schedules of the learning rate that follow metric_for_best_model; older releases of transformers know the first alone.
+FOLLOWING_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")
 
 
 @dataclass
@@ -279,11 +285,16 @@ class DiffusionConfig(TrainingArguments):
     num_eval_images: int = field(default=64, metadata={"help": "Number of images that an evaluation makes."})
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+    # The rewards of each preset, which its other settings belong to: what a trainer's `reward_funcs` takes.
+    PRESET_REWARDS: ClassVar[dict[str, list[str]]] = {}
+    # Of an evaluation; greater is better.
+    BEST_METRIC: ClassVar[str] = "reward"
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "DiffusionConfig":
         """
-        The settings of a paper, by name; keyword arguments override them.
+        The settings of a paper, by name; keyword arguments override them. The rewards that they are meant for are
+        `PRESET_REWARDS[name]`, to be passed as `reward_funcs`.
 
         ```python
         >>> ChunkGRPOConfig.preset("dance_grpo", output_dir="out", max_steps=100).sde_type
@@ -299,6 +310,8 @@ class DiffusionConfig(TrainingArguments):
 
     def __post_init__(self):
         check_types(self, self._UNCHECKED_TYPES)
+        check_settings_act(self)
+        self._choose_best_metric()
         if self.bf16 is None:
             # On a machine without such an accelerator TrainingArguments refuses bf16.
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
@@ -307,6 +320,8 @@ class DiffusionConfig(TrainingArguments):
             self.ddp_find_unused_parameters = False
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = True
+        # `TrainingArguments` makes the process group of a launched script.
+        destroy_process_group_at_exit()
         super().__post_init__()
         if self.activation_checkpointing is None:  # an older release has looked at the old name only
             self.activation_checkpointing = self.gradient_checkpointing
@@ -315,6 +330,7 @@ class DiffusionConfig(TrainingArguments):
             self.resume_from_checkpoint = self.resume_from_checkpoint.lower() == "true"
         if self.deepspeed_plugin is not None:
             set_bucket_sizes(self.deepspeed_plugin)
+        self._check_data_loader()
         for name in (
             "height", "width", "num_inference_steps", "rollout_batch_size", "num_eval_images",
             "per_device_train_batch_size", "gradient_accumulation_steps",
@@ -354,11 +370,28 @@ class DiffusionConfig(TrainingArguments):
         if self.quantization is not None:
             self._check_choice("quantization", ("nf4", "int8"))
         self._check_sharding()
-        if self.auto_find_batch_size:
+        if self.optim.startswith("schedule_free"):
+            self.check_optimizer_with_modes(f"optim={self.optim.value!r}")
+
+    def _choose_best_metric(self) -> None:
+        """What "best" means where it is not said; transformers would take the loss, which no evaluation has."""
+        settings = {
+            "load_best_model_at_end=True": self.load_best_model_at_end,
+            "save_strategy='best'": self.save_strategy == SaveStrategy.BEST,
+            f"lr_scheduler_type={str(self.lr_scheduler_type)!r}": self.lr_scheduler_type in FOLLOWING_SCHEDULERS,
+        }
+        needing = [setting for setting, is_set in settings.items() if is_set]
+        if needing and self.eval_strategy == IntervalStrategy.NO:
             raise ValueError(
-                "auto_find_batch_size=True is not supported: a smaller batch would break up the groups of a prompt. "
-                "Lower per_device_train_batch_size or rollout_batch_size instead."
+                f"{needing[0]} needs evaluations, and eval_strategy is 'no'. Set eval_strategy='steps' and eval_steps, and "
+                "pass an eval_dataset."
             )
+        if needing and self.metric_for_best_model is None:
+            self.metric_for_best_model = self.BEST_METRIC
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            self.greater_is_better = True  # of all that an evaluation logs
+        if self.lr_scheduler_type in FOLLOWING_SCHEDULERS and self.greater_is_better and not self.lr_scheduler_kwargs:
+            self.lr_scheduler_kwargs = {"mode": "max"}  # PyTorch's default is for a loss
 
     def _check_reliability(self) -> None:
         self._check_choice("on_save_error", ("stop", "continue"))
@@ -382,6 +415,14 @@ class DiffusionConfig(TrainingArguments):
                     f"ema_decay must lie in (0, 1), got {self.ema_decay}. Use None for no moving average."
                 )
 
+    def _check_data_loader(self) -> None:
+        for name in ("dispatch_batches", "split_batches"):
+            if vars(self.accelerator_config)[name]:
+                raise ValueError(
+                    f"accelerator_config has {name}=True, which hands out other rows than those that the trainer's order "
+                    "gives each process: the images of a prompt would no longer be one group. Leave it unset."
+                )
+
     def _check_sharding(self) -> None:
         fsdp = self.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
         if fsdp:
@@ -399,6 +440,28 @@ class DiffusionConfig(TrainingArguments):
             raise ValueError(
                 f"quantization={self.quantization!r} cannot be used with ZeRO-3 or FSDP, which shard the weights. Use "
                 "multi_gpu, ZeRO-1 or ZeRO-2, or no quantization."
+            )
+
+    def check_optimizer_with_modes(self, name: str) -> None:
+        """
+        Refuse what an optimizer with train and eval modes cannot be used with.
+
+        Args:
+            name (`str`): of the optimizer, as it was given.
+
+        Raises:
+            `ValueError`: weights are sharded, or averaged otherwise.
+        """
+        sharded = self.deepspeed_plugin is not None or self.fsdp_plugin_args is not None
+        if sharded or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            raise ValueError(
+                f"{name} has train and eval modes, which DeepSpeed and FSDP do not pass on to all weights. Use multi_gpu, or "
+                "another optimizer, e.g. optim='adamw_torch'."
+            )
+        if self.ema_decay is not None:
+            raise ValueError(
+                f"{name} averages the weights itself, so ema_decay={self.ema_decay} would average twice. Set ema_decay to "
+                "None, or use another optimizer."
             )
 
     def _check_deepspeed(self, stage: int, config: dict[str, Any]) -> None:

@@ -41,31 +41,37 @@ from huggingface_hub import load_torch_model, save_torch_state_dict
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import set_seed
 from transformers.utils import logging as transformers_logging
 
+from ..data.columns import ColumnReader
 from ..data.prompt_cache import PromptCache
 from ..data.prompts import check_prompts
 from ..data.sampler import GroupSampler
 from ..flow import shifted_schedule, transition_coefficients
-from ..hub import check_lora_config, hub_id, save_adapter
+from ..hub import check_lora_config, check_names, hub_id, plain_network, save_adapter
 from ..models import load_flow_model, sample_latents, whole_weights
 from ..models.quantization import check_quantization, quantization_config
-from ..rewards import Reward, check_reward, load_rewards, score_images
+from ..rewards import Reward, asks_for_column, check_reward, load_rewards, score_images
 from .base_config import DiffusionConfig
 from .callbacks import EpochCallback, SampleImagesCallback, Samples
 from .evaluating import EvaluationMixin
+from .measures import RunningMetrics, lora_update_norm
 from .publishing import PublishingMixin
-from .reliable_trainer import ReliableTrainer
+from .reliable_trainer import OptimizerWithModes, ReliableTrainer
 from .sharding import gathered, keep_float32_inputs, shard_on_cpu, trains_on_several_cpu_processes
+from .updates import check_optimizer_holds, check_optimizers
 
 
 logger = get_logger(__name__)
 
 TRANSFORMER_SUBFOLDER = "transformer"
 WEIGHTS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
+
+# Of a LoRA's configuration, what its weights do not depend on.
+FREE_LORA_SETTINGS = ("auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "revision")
 
 # A term of the loss, built when called: a scalar, and only then its graph.
 LossTerm = Callable[[], torch.Tensor]
@@ -107,6 +113,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: PeftConfig | bool | None = None,
         watch_reward_funcs: str | Reward | list[str | Reward] | None = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ):
         if args is None:
             args = self.config_class(output_dir=f"trainer_output/{self._name.lower().replace(' ', '-')}")
@@ -118,13 +125,21 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         check_prompts(train_dataset, "train_dataset")
         if eval_dataset is not None:
             check_prompts(eval_dataset, "eval_dataset")
+        elif args.eval_strategy != "no":
+            raise ValueError(
+                f"eval_strategy is {args.eval_strategy.value!r}, but there is no eval_dataset. Pass one, with a column "
+                "'prompt', or set eval_strategy='no'."
+            )
         reward_specs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         watch_specs = [] if watch_reward_funcs is None else watch_reward_funcs
         watch_specs = list(watch_specs) if isinstance(watch_specs, list | tuple) else [watch_specs]
         if not reward_specs:
             raise ValueError("reward_funcs is empty. Pass at least one reward.")
+        columns = set(train_dataset.column_names) - {"prompt"}
+        if eval_dataset is not None:
+            columns &= set(eval_dataset.column_names)
         for spec in [*reward_specs, *watch_specs]:
-            check_reward(spec)
+            check_reward(spec, columns)
         if args.reward_weights is not None and len(args.reward_weights) != len(reward_specs):
             raise ValueError(
                 f"reward_weights has {len(args.reward_weights)} values for {len(reward_specs)} reward functions. Give "
@@ -138,6 +153,9 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
                 f"fine-tuning), got {peft_config!r}."
             )
         full_fine_tuning = peft_config is False
+        check_optimizers(
+            optimizers, optimizer_cls_and_kwargs, full_fine_tuning and isinstance(model, DiffusionPipeline)
+        )
         if args.quantization is not None:
             if full_fine_tuning:
                 raise ValueError(
@@ -150,8 +168,18 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
                     "load the pipeline with diffusers' quantization_config and leave quantization unset."
                 )
             check_quantization(args.quantization, args.device)
+        if isinstance(optimizers[0], OptimizerWithModes):
+            args.check_optimizer_with_modes(f"The optimizer {type(optimizers[0]).__name__}")
         self._check_before_loading(args, train_dataset, reward_specs)
         self._sampler = self._make_sampler(args, train_dataset)
+        self._column_reader = ColumnReader(
+            lambda column: any(asks_for_column(spec, column) for spec in [*reward_specs, *watch_specs]),
+            args.process_index,
+            args.world_size,
+        )
+        train_dataset = self._column_reader.prepare(train_dataset, "train_dataset")
+        if eval_dataset is not None:
+            eval_dataset = self._column_reader.prepare(eval_dataset, "eval_dataset")
         if args.should_save:
             _check_writable(args.output_dir)
         self._check_hub(args)
@@ -172,6 +200,12 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
                     else {"quantization_config": quantization_config(args.quantization)}
                 ),
             )
+        fused_loras = sorted(self.flow.pipeline.fused_loras)
+        if fused_loras:
+            logger.warning(
+                f"The pipeline has {fused_loras} fused into its weights. What is trained goes on top of that, and the model "
+                "card says so: whoever loads the new LoRA loads and fuses them first."
+            )
         self.height = self.flow.default_size[0] if args.height is None else args.height
         self.width = self.flow.default_size[1] if args.width is None else args.width
         self.flow.check_size(self.height, self.width)
@@ -179,6 +213,9 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         with whole_weights():
             self.rewards = load_rewards(reward_specs)
             self.watched_rewards = load_rewards(watch_specs)
+        if args.metric_for_best_model is None and any(isinstance(c, EarlyStoppingCallback) for c in callbacks or []):
+            args.metric_for_best_model, args.greater_is_better = args.BEST_METRIC, True
+        self._check_best_metric(args, full_fine_tuning)
         weights = [1.0] * len(self.rewards) if args.reward_weights is None else args.reward_weights
         self.reward_weights = torch.tensor(weights, dtype=torch.float32)
 
@@ -210,6 +247,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
             set_seed(args.seed)  # the adapter's start is random; Trainer sets the seed only later
             # ZeRO-3 partitions parameters of one dtype; elsewhere the adapter is trained in float32.
             network = get_peft_model(denoiser, peft_config, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
+        check_optimizer_holds(optimizers[0], network)
 
         if args.sigma_shift is None:
             sigmas = self.flow.schedule(args.num_inference_steps, self.height, self.width)
@@ -221,6 +259,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
 
         self._card_arguments = {}
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._running_metrics = RunningMetrics()
         self._base_scores = {}
         self._seconds = defaultdict(float)
         self._images_since_log = 0
@@ -233,10 +272,9 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
             eval_dataset=eval_dataset,
             callbacks=callbacks,
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
-        self.samples_callback = SampleImagesCallback(self.callback_handler)
-        if args.log_samples:
-            self.add_callback(self.samples_callback)
+        self.samples_callback = SampleImagesCallback(self.callback_handler) if args.log_samples else None
         # The data loader does not forward the epoch to a sampler inside accelerate's batch sampler.
         self.add_callback(EpochCallback(self._sampler))
 
@@ -265,6 +303,20 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         """Checks of a subclass that need no weights."""
 
     # ---- Set-up ----
+
+    def _check_best_metric(self, args: DiffusionConfig, full_fine_tuning: bool) -> None:
+        if args.metric_for_best_model is None:
+            return
+        scores = self._evaluation_names()
+        names = [*scores]
+        if not full_fine_tuning:
+            names += [f"base/{name}" for name in scores]
+            names += [f"win_rate/{name.removesuffix('/mean')}" for name in scores]
+        if args.metric_for_best_model.removeprefix("eval_") not in names:
+            raise ValueError(
+                f"metric_for_best_model={args.metric_for_best_model!r} is not among the metrics of an evaluation. Choose "
+                f"one of {', '.join(names)}."
+            )
 
     def _default_peft_config(self) -> LoraConfig:
         # r, alpha and initialisation of Flow-GRPO's LoRA for FLUX and Stable Diffusion 3
@@ -296,6 +348,16 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GroupSampler:
         return self._sampler
 
+    @property
+    def network(self) -> nn.Module:
+        """The network that is trained, without what the training wraps around it: DDP, DeepSpeed, `torch.compile`."""
+        return self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is trained, and not all weights."""
+        return isinstance(self.network, PeftModel)
+
     # ---- Sampling ----
 
     def velocity(
@@ -305,14 +367,12 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         sigma: torch.Tensor,
         conditioning: dict[str, torch.Tensor],
         guidance_scale: float | None = None,
-        size: tuple[int, int] | None = None,
     ) -> torch.Tensor:
         """
         The one forward of rollout and training: velocity `(B, ...)`, float32, at latents and sigma `(B,)`, at the
-        trainer's guidance and size (height, width) unless others are given.
+        trainer's guidance unless another is given.
         """
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        height, width = (self.height, self.width) if size is None else size
         # Once the training has begun, DeepSpeed has converted the weights and FSDP2 converts them; elsewhere autocast does.
         if self.deepspeed is not None:
             self.flow.dtype = next(self.deepspeed.module.parameters()).dtype
@@ -322,13 +382,18 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         ):
             self.flow.dtype = self.accelerator.state.fsdp_plugin.mixed_precision_policy.param_dtype
         with self.compute_loss_context_manager():
-            return self.flow.velocity(model, latents, sigma, conditioning, guidance_scale, height, width)
+            return self.flow.velocity(model, latents, sigma, conditioning, guidance_scale)
 
     def _global_index(self, count: int) -> list[int]:
         """The place among the images of all processes of each of this process's rows, see [`GroupSampler`]."""
         size, processes = self.args.per_device_train_batch_size, self.accelerator.num_processes
         rank = self.accelerator.process_index
         return [(row // size * processes + rank) * size + row % size for row in range(count)]
+
+    @property
+    def _images_per_micro_batch(self) -> int:
+        """Over all processes."""
+        return self.args.per_device_train_batch_size * self.accelerator.num_processes
 
     def generators(self, *key: int | Sequence[int]) -> list[torch.Generator]:
         """
@@ -348,17 +413,14 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         return randn_tensor(tuple(like.shape), generator=generators, device=like.device, dtype=like.dtype)
 
     def draw_initial_noise(self, generators: list[torch.Generator]) -> torch.Tensor:
-        """Noise `(B, ...)`, float32, as the network sees it, one generator a sample."""
+        """Noise `(B, ...)`, float32, in the latents' layout, one generator a sample."""
         return self.flow.draw_noise(len(generators), self.height, self.width, generators, self.args.device)
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images `(B, 3, H, W)` in [0, 1], float32, without gradient, decoded `rollout_batch_size` at a time."""
-        height, width = (self.height, self.width) if size is None else size
         with self.on_accelerator(self.flow.vae):
-            return torch.cat(
-                [self.flow.decode(part, height, width) for part in latents.split(self.rollout_batch_size)]
-            )
+            return torch.cat([self.flow.decode(part) for part in latents.split(self.rollout_batch_size)])
 
     @property
     def frozen_modules(self) -> list[nn.Module]:
@@ -408,8 +470,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         Returns:
             `torch.Tensor` of shape `(B, 3, H, W)`, float32, in [0, 1], on the CPU.
         """
-        network = self.accelerator.unwrap_model(self.model_wrapped)
-        if adapter_fraction < 1 and not isinstance(network, PeftModel):
+        if adapter_fraction < 1 and not self.has_adapter:
             raise ValueError(
                 f"adapter_fraction={adapter_fraction} needs an adapter to switch off, but all weights are trained."
             )
@@ -453,7 +514,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
     @contextlib.contextmanager
     def adapter_off(self) -> Iterator[None]:
         """Within this context the model is the base model."""
-        with self.accelerator.unwrap_model(self.model_wrapped).disable_adapter():
+        with self.network.disable_adapter():
             yield
 
     def score(
@@ -473,12 +534,10 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
             scores.append(torch.cat(parts))
         return torch.stack(scores, 1) if scores else images.new_zeros((len(prompts), 0))
 
-    def _columns(self, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-        """The rows' columns other than the prompt, for black-box rewards."""
-        return {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-
     def _keep_samples(self, images: torch.Tensor, prompts: list[str], values: dict[str, torch.Tensor]) -> None:
         """Hand the first images, with one value `(B,)` a name, to the callback that writes them when next logging."""
+        if self.samples_callback is None:
+            return
         count = self.args.num_samples_to_log
         self.samples_callback.samples = Samples(
             images=images[:count].cpu(),
@@ -546,12 +605,25 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            metrics = self._metrics["train"]
-            logs = {**logs, **{name: _mean(values) for name, values in metrics.items()}}
-            metrics.clear()
-            logs.update(self._speed_and_memory())
-            logs["skipped_steps"] = self._skipped_steps
+            logs = {**logs, **self._take_metrics(), **self._speed_and_memory(), "skipped_steps": self._skipped_steps}
         super().log(logs, start_time)
+
+    def _take_metrics(self) -> dict[str, float]:
+        """The metrics of the training since the last log; called on every process."""
+        metrics = {name: _mean(values) for name, values in self._metrics["train"].items()}
+        self._metrics["train"].clear()
+        metrics |= self._running_metrics.take(self.accelerator)
+        norm = self._adapter_norm()
+        return metrics if norm is None else metrics | {"adapter_norm": norm}
+
+    def _adapter_norm(self) -> float | None:
+        context = contextlib.nullcontext()
+        if self.deepspeed is not None and self.deepspeed.zero_optimization_partition_weights():
+            import deepspeed
+
+            context = deepspeed.zero.GatheredParameters([p for p in self.model.parameters() if p.requires_grad])
+        with context:
+            return lora_update_norm(self.model)
 
     def _speed_and_memory(self) -> dict[str, float]:
         step, since = self._last_log
@@ -571,39 +643,52 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
 
     # ---- Saving and resuming ----
 
+    def _fixed_settings(self) -> dict[str, Any]:
+        args = self.args
+        settings = {
+            **super()._fixed_settings(),
+            "pipeline": type(self.flow.pipeline).__name__,
+            "seed": args.seed,
+            "data_seed": args.seed if args.data_seed is None else args.data_seed,
+            **self._sampler.fixed_settings(),
+            "peft_config": "LoRA" if self.has_adapter else False,
+        }
+        if self.has_adapter:
+            for name, value in self.network.peft_config[self.network.active_adapter].to_dict().items():
+                if name not in FREE_LORA_SETTINGS:
+                    settings[f"peft_config.{name}"] = sorted(value) if isinstance(value, set) else value
+        return settings
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         output_dir = Path(self.args.output_dir if output_dir is None else output_dir)
         if not self.args.should_save:
             return
         output_dir.mkdir(parents=True, exist_ok=True)
-        network = self.accelerator.unwrap_model(self.model)
-        base_model = hub_id(self.model_name)
-        if isinstance(network, PeftModel):
+        network, base_model = self.network, hub_id(self.model_name)
+        if self.has_adapter:
             save_adapter(network, type(self.flow.pipeline), output_dir, state_dict=state_dict, base_model=base_model)
         else:
             folder = output_dir / TRANSFORMER_SUBFOLDER
+            state_dict = network.state_dict() if state_dict is None else state_dict
+            check_names(state_dict, plain_network(network).state_dict())
             network.save_config(folder)
-            save_torch_state_dict(
-                network.state_dict() if state_dict is None else state_dict, folder, filename_pattern=WEIGHTS_PATTERN
-            )
+            save_torch_state_dict(state_dict, folder, filename_pattern=WEIGHTS_PATTERN)
         torch.save(self.args.without_secrets(), output_dir / "training_args.bin")
 
     def _load_best_model(self) -> None:
         # The Trainer looks for a whole model under other names.
-        full = not isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
-        if full and not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
+        if not self.has_adapter and not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
             self._restart_average()
         else:
             super()._load_best_model()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        network = self.accelerator.unwrap_model(self.model if model is None else model)
-        if isinstance(network, PeftModel) or self.is_fsdp_enabled:
+        if self.has_adapter or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_torch_model(
-                network, Path(resume_from_checkpoint) / TRANSFORMER_SUBFOLDER, filename_pattern=WEIGHTS_PATTERN
+                self.network, Path(resume_from_checkpoint) / TRANSFORMER_SUBFOLDER, filename_pattern=WEIGHTS_PATTERN
             )
 
 

@@ -17,12 +17,13 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.logging import get_logger
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.trainer_callback import CallbackHandler
 
 from ..data.sampler import GroupSampler
@@ -58,20 +59,41 @@ class Samples:
     values: dict[str, list[float]]
 
 
+class TrackioSamplesCallback(TrackioCallback):
+    """
+    Transformers' callback of trackio, which logs the images in the attribute `images`, by name, in the row of the numbers.
+    trackio makes a row of each call and adds to none later.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.images: dict[str, Any] = {}
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, logs, **kwargs):
+        images, self.images = self.images, {}
+        super().on_log(args, state, control, logs={**logs, **images}, **kwargs)
+
+
 class SampleImagesCallback(TrainerCallback):
     """
     Writes sample images whenever the trainer logs: to `output_dir/samples/step_XXXXXX/` and to the reporting backends
-    that show images (TensorBoard, Weights & Biases, trackio).
+    that show images (TensorBoard, Weights & Biases, trackio), in the row of the numbers of the step.
 
     The trainer puts the samples into the attribute `samples`; they are written once.
 
     Args:
-        handler (`CallbackHandler`): the trainer's, to find TensorBoard's writer.
+        handler (`CallbackHandler`): the trainer's. The callback puts itself before those that report, since Weights &
+            Biases closes a row when the numbers come, and replaces that of trackio.
     """
 
     def __init__(self, handler: CallbackHandler):
         self.handler = handler
         self.samples: Samples | None = None
+        reporting = [
+            TrackioSamplesCallback() if type(callback) is TrackioCallback else callback
+            for callback in handler.callbacks
+        ]
+        handler.callbacks = [self, *reporting]
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         if self.samples is None or not state.is_world_process_zero:
@@ -98,16 +120,19 @@ class SampleImagesCallback(TrainerCallback):
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_images("samples", samples.images, state.global_step)
                 callback.tb_writer.add_text("samples/captions", "\n\n".join(captions), state.global_step)
-        if "wandb" in args.report_to:
-            import wandb
+            elif isinstance(callback, WandbCallback):
+                import wandb
 
-            pairs = zip(pictures, captions, strict=True)
-            wandb.log({"samples": [wandb.Image(picture, caption=caption) for picture, caption in pairs]}, commit=False)
-        if "trackio" in args.report_to:
-            import trackio
+                images = [wandb.Image(picture, caption=text) for picture, text in zip(pictures, captions, strict=True)]
+                # What does not end the row waits for the numbers, which come next.
+                wandb.log({"samples": images}, commit=False)
+            elif isinstance(callback, TrackioSamplesCallback):
+                import trackio
 
-            pairs = zip(pictures, captions, strict=True)
-            trackio.log({"samples": [trackio.Image(picture, caption=caption) for picture, caption in pairs]})
+                callback.images = {
+                    f"samples/{i:03d}": trackio.Image(picture, caption=text)
+                    for i, (picture, text) in enumerate(zip(pictures, captions, strict=True))
+                }
 
 
 class RewardHackingCallback(TrainerCallback):

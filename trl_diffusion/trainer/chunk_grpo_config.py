@@ -120,6 +120,11 @@ class ChunkGRPOConfig(DiffusionConfig):
         # https://huggingface.co/papers/2505.05470 on the same schedule
         "flow_grpo": {**_FLUX_720, "sde_type": "flow", "eta": 0.7, "chunk_sizes": "equal:1", "learning_rate": 3e-4},
     }
+    PRESET_REWARDS: ClassVar[dict[str, list[str]]] = {
+        "chunk_grpo": ["hpsv3"],
+        "dance_grpo": ["hpsv2"],
+        "flow_grpo": ["pickscore"],
+    }
 
     # Generation
     num_generations: int = field(default=8, metadata={"help": "Number of images per prompt, at least 2."})

@@ -16,6 +16,7 @@
 
 import copy
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -53,7 +54,10 @@ from ..objectives import (
 )
 from ..rewards import Reward
 from .base_trainer import DiffusionTrainer, LossTerm
+from .checkpoints import checkpoints, why_incomplete
 from .chunk_grpo_config import ChunkGRPOConfig
+from .measures import duplicate_share, picture_digests
+from .resuming import as_saved, refuse_changed, saved_state
 
 
 logger = get_logger(__name__)
@@ -83,6 +87,28 @@ class MicroBatch:
     rollout_log_probs: torch.Tensor
     chunks: list[list[int]]
     old_log_probs: torch.Tensor | None = None
+
+    def split(self, size: int) -> list["MicroBatch"]:
+        """Micro-batches of `size` images each."""
+        return [
+            MicroBatch(
+                prompts=self.prompts[start : start + size],
+                states={i: latents[start : start + size] for i, latents in self.states.items()},
+                advantages=self.advantages[start : start + size],
+                rollout_log_probs=self.rollout_log_probs[start : start + size],
+                chunks=self.chunks,
+                old_log_probs=None if self.old_log_probs is None else self.old_log_probs[start : start + size],
+            )
+            for start in range(0, len(self.prompts), size)
+        ]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds of it, by name."""
+        tensors = {f"states.{step}": latents for step, latents in self.states.items()}
+        tensors |= {"advantages": self.advantages, "rollout_log_probs": self.rollout_log_probs}
+        if self.old_log_probs is not None:
+            tensors["old_log_probs"] = self.old_log_probs
+        return tensors
 
 
 class ChunkGRPOTrainer(DiffusionTrainer):
@@ -125,17 +151,21 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         callbacks (`list[TrainerCallback]`, *optional*):
             More callbacks.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
-            Optimizer and scheduler to use.
+            Optimizer and scheduler to use, for full fine-tuning of a loaded pipeline. The weights of a LoRA, and of a
+            pipeline that the trainer loads, are made later than such an optimizer: pass `optimizer_cls_and_kwargs`.
         peft_config ([`~peft.LoraConfig`] or `False`, *optional*):
             Adapter; `None` is LoRA on the family's attention layers, `False` full fine-tuning.
         watch_reward_funcs (as `reward_funcs`, *optional*):
             Rewards that are logged and not trained, to see reward hacking.
+        optimizer_cls_and_kwargs (`tuple`, *optional*):
+            Class of an optimizer and its arguments, as `(torch.optim.SGD, {"lr": 0.1})`, in place of `args.optim`; the
+            trainer gives it the trained weights.
     """
 
     _name = "Chunk-GRPO"
     _papers = ("chunk_grpo", "dance_grpo", "flow_grpo")
     config_class = ChunkGRPOConfig
-    _state_within_step = ("_micro_step", "_generation", "chunk_sizes")
+    _state_within_step = ("_images_trained", "_generation", "chunk_sizes")
 
     def __init__(
         self,
@@ -148,10 +178,11 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: PeftConfig | bool | None = None,
         watch_reward_funcs: str | Reward | list[str | Reward] | None = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ):
         super().__init__(
             model, reward_funcs, args, train_dataset, eval_dataset, callbacks, optimizers, peft_config,
-            watch_reward_funcs,
+            watch_reward_funcs, optimizer_cls_and_kwargs,
         )  # fmt: skip
         args = self.args
         device = args.device
@@ -160,7 +191,7 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         self._sigmas_on_device = self.sigmas.to(device)
         self.chunk_sizes = None if args.chunk_sizes == "temporal" else args.chunk_sizes
         self.reference = None
-        if args.beta > 0 and not isinstance(self.model, PeftModel):
+        if args.beta > 0 and not self.has_adapter:
             self.reference = copy.deepcopy(self.model).requires_grad_(False).eval().to(device)
         self._generation: list[MicroBatch] | None = None
 
@@ -189,15 +220,16 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         )
 
     @property
-    def _micro_steps_per_generation(self) -> int:
-        return self.args.steps_per_generation * self.args.num_iterations
+    def _images_per_generation(self) -> int:
+        """How many images a generation trains, over all processes and passes."""
+        return self._images_per_micro_batch * self.args.steps_per_generation * self.args.num_iterations
 
     def _prepare_inputs(self, inputs: list[dict[str, Any]]) -> MicroBatch:
-        generation, position = divmod(self._micro_step, self._micro_steps_per_generation)
+        generation, position = divmod(self._images_trained, self._images_per_generation)
         if position == 0:
             self._generation = self._generate(inputs, generation)
-        self._micro_step += 1
-        return self._generation[position % self.args.steps_per_generation]
+        self._images_trained += self._images_per_micro_batch
+        return self._generation[position // self._images_per_micro_batch % self.args.steps_per_generation]
 
     # ---- Generation ----
 
@@ -205,7 +237,7 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         """Sample, score and compare the images of a generation; returns this process's micro-batches."""
         args = self.args
         prompts = [row["prompt"] for row in rows]
-        columns = self._columns(rows)
+        columns = self._column_reader.read(rows)
         with self.timed("rollout"):
             trajectory, drawn = self._rollout(prompts, generation)
         with self.timed("decode"):
@@ -213,23 +245,16 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         with self.timed("reward"):
             scores = self.score(self.rewards, images, prompts, columns)
             watched = self.score(self.watched_rewards, images, prompts, columns)
-        advantages = self._advantages(scores, watched, prompts)
+        advantages = self._advantages(scores, watched, prompts, generation)
+        digests = self._gather_rows(picture_digests(images)).view(-1, args.num_generations)
+        self._metrics["train"]["duplicate_images"].append(duplicate_share(digests).item())
         self._images_since_log += len(prompts)
         names = [*self.rewards, *self.watched_rewards, "advantage"]
         values = torch.cat([scores, watched, advantages[:, None]], 1)
         self._keep_samples(images, prompts, dict(zip(names, values.unbind(1), strict=True)))
 
-        size = args.per_device_train_batch_size
-        micro_batches = [
-            MicroBatch(
-                prompts=prompts[start : start + size],
-                states={i: latents[start : start + size] for i, latents in trajectory.states.items()},
-                advantages=advantages[start : start + size],
-                rollout_log_probs=trajectory.log_probs[start : start + size],
-                chunks=drawn,
-            )
-            for start in range(0, len(prompts), size)
-        ]
+        rows = MicroBatch(prompts, trajectory.states, advantages, trajectory.log_probs, drawn)
+        micro_batches = rows.split(args.per_device_train_batch_size)
         if not args.on_policy:
             with self.timed("old_log_probs"), self.rollout_model() as model:
                 for micro_batch in micro_batches:
@@ -289,18 +314,24 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         generator = torch.Generator().manual_seed(seed)
         return [steps[index] for index in draw_chunks(len(steps), args.chunk_fraction, weights, generator)]
 
-    def _advantages(self, scores: torch.Tensor, watched: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    def _gather_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """The rows `(B, ...)` of all processes, a group behind the other."""
+        # process, micro-batch, row -> micro-batch, process, row; see `GroupSampler`
+        processes, size = self.accelerator.num_processes, self.args.per_device_train_batch_size
+        gathered = self.accelerator.gather(values)
+        return gathered.view(processes, -1, size, *values.shape[1:]).transpose(0, 1).flatten(0, 2)
+
+    def _advantages(
+        self, scores: torch.Tensor, watched: torch.Tensor, prompts: list[str], generation: int
+    ) -> torch.Tensor:
         """Advantages `(B,)` of this process's rows, from the scores `(B, R)` of all processes; logs the rewards."""
         args = self.args
         processes, size = self.accelerator.num_processes, args.per_device_train_batch_size
-
-        # process, micro-batch, row -> micro-batch, process, row; see `GroupSampler`
-        gathered = self.accelerator.gather(torch.cat([scores, watched], 1))
-        gathered = gathered.view(processes, -1, size, gathered.shape[1]).transpose(0, 1).flatten(0, 2)
+        gathered = self._gather_rows(torch.cat([scores, watched], 1))
         rewards, watched = gathered.split([scores.shape[1], watched.shape[1]], 1)
         if rewards.isnan().all():
             raise ValueError(
-                f"Every reward of generation {self._micro_step} is None or NaN: none of the reward functions "
+                f"Every reward of generation {generation} is None or NaN: none of the reward functions "
                 f"{list(self.rewards)} applies to any of {len(rewards)} images (first prompt: {prompts[0]!r}). There "
                 "is nothing to train on; check the reward functions and the prompts."
             )
@@ -392,7 +423,7 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         ratio = chunk_ratio(log_probs, old)
         surrogate = clipped_surrogate(ratio, micro_batch.advantages, args.epsilon, args.epsilon_high)
         loss = surrogate.mean() / len(micro_batch.chunks)
-        self._record_ratio(micro_batch, chunk, ratio.detach(), log_probs.detach())
+        self._record_ratio(micro_batch, chunk, log_probs.detach(), old)
         return loss + self._kl_term(micro_batch, chunk, mean, std) / len(micro_batch.chunks)
 
     def _streamed_term(
@@ -404,13 +435,14 @@ class ChunkGRPOTrainer(DiffusionTrainer):
             ratio = torch.ones_like(advantages)
             if micro_batch.old_log_probs is not None:
                 log_probs = self._log_probs(model, micro_batch, chunk)
-                ratio = chunk_ratio(log_probs, micro_batch.old_log_probs[:, chunk])
-                self._record_ratio(micro_batch, chunk, ratio, log_probs)
+                old = micro_batch.old_log_probs[:, chunk]
+                ratio = chunk_ratio(log_probs, old)
+                self._record_ratio(micro_batch, chunk, log_probs, old)
             weights["log_prob"] = surrogate_log_prob_weight(ratio, advantages, args.epsilon, args.epsilon_high)
             weights["value"] = clipped_surrogate(ratio, advantages, args.epsilon, args.epsilon_high)
         log_probs, mean, std = self._transition(model, micro_batch, [step])
         if micro_batch.old_log_probs is None:
-            self._record_ratio(micro_batch, [step], torch.ones_like(advantages), log_probs.detach())
+            self._record_ratio(micro_batch, [step], log_probs.detach(), log_probs.detach())
         weighted = weights["log_prob"] * log_probs[:, 0]
         # The gradient is that of `weighted`, the value that of the chunk's loss.
         loss = (weighted - weighted.detach() + weights["value"]).mean()
@@ -431,81 +463,151 @@ class ChunkGRPOTrainer(DiffusionTrainer):
                     self.reference.to(self.flow.dtype)  # see `velocity`
                 reference_mean = self._transition(self.reference, micro_batch, steps)[1]
         kl = transition_kl(mean, reference_mean, std).mean()
-        self._metrics["train"]["kl"].append(kl.item())
+        self._running_metrics.add({"kl": kl})
         return self.args.beta * kl
 
     def _record_ratio(
-        self, micro_batch: MicroBatch, steps: list[int], ratio: torch.Tensor, log_probs: torch.Tensor
+        self, micro_batch: MicroBatch, steps: list[int], log_probs: torch.Tensor, old_log_probs: torch.Tensor
     ) -> None:
+        """Add the ratios of a chunk, or of one of its steps, to the metrics; log-probabilities `(m, cs)`."""
         args, advantages = self.args, micro_batch.advantages
-        gap = (log_probs - micro_batch.rollout_log_probs[:, steps]).abs()
-        if micro_batch.old_log_probs is not None:
-            # The policy has moved on by now; the gap is between the two ways to have the old log-probabilities.
-            gap = (micro_batch.old_log_probs - micro_batch.rollout_log_probs)[:, steps].abs()
+        log_ratio = (log_probs - old_log_probs).mean(1)
+        ratio = log_ratio.exp()
+        # Off-policy, the policy has moved on by now; the gap is between the two ways to have the old log-probabilities.
+        of_training = log_probs if micro_batch.old_log_probs is None else old_log_probs
+        gap = (of_training - micro_batch.rollout_log_probs[:, steps]).abs()
         low = (ratio < 1 - args.epsilon) & (advantages < 0)
         high = (ratio > 1 + args.epsilon_high) & (advantages > 0)
-        values = torch.stack([ratio.mean(), low.float().mean(), high.float().mean(), gap.mean()])
-        values = self.accelerator.reduce(values, reduction="mean").tolist()
-        names = ("ratio/mean", "clip_ratio/low_mean", "clip_ratio/high_mean", "rollout_logp_gap")
-        for name, value in zip(names, values, strict=True):
-            self._metrics["train"][name].append(value)
-        if values[-1] > args.epsilon:
+        self._running_metrics.add(
+            {
+                "ratio/mean": ratio.mean(),
+                "frac_off_policy": (log_ratio.abs() > 0).float().mean(),
+                "clip_ratio/low_mean": low.float().mean(),
+                "clip_ratio/high_mean": high.float().mean(),
+                "rollout_logp_gap": gap.mean(),
+            },
+            maxima={"log_ratio/abs_max": log_ratio.abs().max()},
+        )
+
+    def _take_metrics(self) -> dict[str, float]:
+        metrics = super()._take_metrics()
+        gap, epsilon = metrics.get("rollout_logp_gap", 0.0), self.args.epsilon
+        if gap > epsilon:
             logger.warning_once(
-                f"Log-probabilities of the rollout and of training differ by {values[-1]:.1e} on average, more than "
-                f"epsilon={args.epsilon:.1e}: forwards depend on the batch shape. Keep old_log_probs='recompute', or "
+                f"Log-probabilities of the rollout and of training differ by {gap:.1e} on average, more than "
+                f"epsilon={epsilon:.1e}: forwards depend on the batch shape. Keep old_log_probs='recompute', or "
                 "set rollout_batch_size=per_device_train_batch_size and chunk_gradient='streamed'."
             )
+        return metrics
 
     def _prompts_of(self, inputs: MicroBatch) -> list[str]:
         return inputs.prompts
 
     # ---- Saving and resuming ----
 
-    def _extra_state(self) -> dict[str, Any]:
-        return {**super()._extra_state(), "chunk_sizes": self.chunk_sizes}
+    def _fixed_settings(self) -> dict[str, Any]:
+        args = self.args
+        return {
+            **super()._fixed_settings(),
+            "num_generations": args.num_generations,
+            "generation_batch_size": self._images_per_micro_batch * args.steps_per_generation,
+            "num_iterations": args.num_iterations,
+        }
 
-    def _load_extra_state(self, state: dict[str, Any]) -> None:
-        super()._load_extra_state(state)
-        self.chunk_sizes = state["chunk_sizes"]
+    def _rollout_settings(self) -> dict[str, Any]:
+        """Settings that the states of a generation and the dynamics of a rollout depend on."""
+        args = self.args
+        names = ("num_inference_steps", "sigma_shift", "sde_type", "eta", "chunk_sizes")
+        settings = {name: vars(args)[name] for name in names}
+        settings |= {"height": self.height, "width": self.width, "guidance_scale": self.guidance_scale}
+        temporal = args.chunk_sizes == "temporal"
+        settings["num_chunks"] = args.num_chunks if temporal else None
+        settings["min_chunk_size"] = args.min_chunk_size if temporal else None
+        return settings
 
-    def _generation_file(self, folder: str) -> Path:
-        return Path(folder) / f"generation_{self.accelerator.process_index}.safetensors"
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **super().state_dict(),
+            "chunk_sizes": self.chunk_sizes,
+            "rollout_settings": self._rollout_settings(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.chunk_sizes = None if self.args.chunk_sizes == "temporal" else self.args.chunk_sizes
+        if self.chunk_sizes is None and state["rollout_settings"] == as_saved(self._rollout_settings()):
+            self.chunk_sizes = state["chunk_sizes"]  # as measured
+
+    def _check_settings(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        super()._check_settings(checkpoint, state)
+        if self._is_between_generations(state):
+            return
+        ends = [
+            path
+            for path in checkpoints(checkpoint.parent)
+            if why_incomplete(path) is None and self._is_between_generations(saved_state(path))
+        ]
+        remedy = f"resume from {ends[-1]}, which is at the end of a generation" if ends else "start a new run"
+        refuse_changed(
+            checkpoint,
+            state["rollout_settings"],
+            self._rollout_settings(),
+            "It was written within a generation, whose images were made and cut into chunks with the former settings.",
+            remedy,
+        )
+
+    def _is_between_generations(self, state: dict[str, Any]) -> bool:
+        return state["images_trained"] % self._images_per_generation == 0
+
+    def _generation_file(self, folder: str, process: int) -> Path:
+        return Path(folder) / f"generation_{process}.safetensors"
 
     def _save_process_state(self, folder: str) -> None:
         # A generation that will still be trained cannot be made again: the policy has moved on since.
-        if self._micro_step % self._micro_steps_per_generation == 0:
+        if self._images_trained % self._images_per_generation == 0:
             return
-        tensors, rest = {}, []
-        for i, micro_batch in enumerate(self._generation):
-            tensors |= {f"{i}.states.{step}": latents for step, latents in micro_batch.states.items()}
-            tensors |= {
-                f"{i}.{name}": vars(micro_batch)[name]
-                for name in ("advantages", "rollout_log_probs", "old_log_probs")
-                if vars(micro_batch)[name] is not None
-            }
-            rest.append({"prompts": micro_batch.prompts, "chunks": micro_batch.chunks})
-        # Slices share the memory of the whole generation, which safetensors refuses.
-        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-        save_file(tensors, self._generation_file(folder), metadata={"micro_batches": json.dumps(rest)})
+        parts = [micro_batch.tensors() for micro_batch in self._generation]
+        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        prompts = [prompt for micro_batch in self._generation for prompt in micro_batch.prompts]
+        # Numbered over all processes, so that a resumed run can cut them otherwise.
+        rows = {"prompts": prompts, "index": self._global_index(len(prompts)), "chunks": self._generation[0].chunks}
+        path = self._generation_file(folder, self.accelerator.process_index)
+        save_file(tensors, path, metadata={"rows": json.dumps(rows)})
 
     def _load_process_state(self, folder: str) -> None:
-        if self._micro_step % self._micro_steps_per_generation == 0:
+        if self._images_trained % self._images_per_generation == 0:
             return
-        with safe_open(self._generation_file(folder), framework="pt") as file:
-            tensors = {name: file.get_tensor(name).to(self.args.device) for name in file.keys()}  # noqa: SIM118
-            rest = json.loads(file.metadata()["micro_batches"])
-        self._generation = [
-            MicroBatch(
-                prompts=fields["prompts"],
-                chunks=fields["chunks"],
-                states={
-                    int(name.rsplit(".", 1)[1]): tensor
-                    for name, tensor in tensors.items()
-                    if name.startswith(f"{i}.states.")
-                },
-                advantages=tensors[f"{i}.advantages"],
-                rollout_log_probs=tensors[f"{i}.rollout_log_probs"],
-                old_log_probs=tensors.get(f"{i}.old_log_probs"),
+        wanted = self._global_index(self.args.per_device_train_batch_size * self.args.steps_per_generation)
+        # The file of this process has its rows, unless the images are now cut otherwise.
+        own = self._generation_file(folder, self.accelerator.process_index)
+        others = sorted(Path(folder).glob("generation_*.safetensors"))
+        prompts, found, chunks = {}, defaultdict(dict), None
+        for path in dict.fromkeys([own, *others]):
+            if len(prompts) == len(wanted) or not path.is_file():
+                continue
+            with safe_open(path, framework="pt") as file:
+                rows = json.loads(file.metadata()["rows"])
+                chunks = rows["chunks"]
+                places = {index: i for i, index in enumerate(rows["index"]) if index in wanted}
+                prompts |= {index: rows["prompts"][i] for index, i in places.items()}
+                for name in file.keys() if places else ():  # noqa: SIM118
+                    tensor = file.get_tensor(name)
+                    found[name] |= {index: tensor[i] for index, i in places.items()}
+        missing = [index for index in wanted if index not in prompts]
+        if missing:
+            raise ValueError(
+                f"{folder} was written within a generation, and {len(missing)} of the {len(wanted)} images that this "
+                "process is to train are in none of its files generation_*.safetensors. Copy the files of all "
+                "processes into the folder, or resume from a checkpoint at the end of a generation."
             )
-            for i, fields in enumerate(rest)
-        ]
+        tensors = {
+            name: torch.stack([rows[index] for index in wanted]).to(self.args.device) for name, rows in found.items()
+        }
+        self._generation = MicroBatch(
+            prompts=[prompts[index] for index in wanted],
+            chunks=chunks,
+            states={int(name.split(".")[1]): tensor for name, tensor in tensors.items() if name.startswith("states.")},
+            advantages=tensors["advantages"],
+            rollout_log_probs=tensors["rollout_log_probs"],
+            old_log_probs=tensors.get("old_log_probs"),
+        ).split(self.args.per_device_train_batch_size)

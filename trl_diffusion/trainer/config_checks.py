@@ -12,14 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Whether settings are of the kinds that their annotations say."""
+"""Whether settings are of the kinds that their annotations say, and whether they can act."""
 
 import functools
 import math
 import types
 import typing
 from collections.abc import Collection
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 from transformers import TrainingArguments
@@ -31,6 +31,64 @@ INHERITED = (
     "adam_beta1", "adam_beta2", "adam_epsilon", "num_train_epochs", "max_steps", "warmup_steps", "logging_steps",
     "save_steps", "eval_steps", "save_total_limit", "seed", "data_seed",
 )  # fmt: skip
+
+_EVALUATION = "Evaluations score images; set num_eval_images, rollout_batch_size and the reward functions instead."
+_LENGTH = "The order of the prompts is the trainers' own, by data_seed."
+_TOKENS = "There are no tokens in the loss."
+_LABELS = "There are no labels; what is learned is the reward."
+_CHECKPOINTING = "Set activation_checkpointing to True or False; diffusers decides how."
+# Settings of `TrainingArguments` that the trainers never read, or that work on language models alone, and what to do
+# instead of changing them. Not every release of transformers has all of them.
+CANNOT_ACT = {
+    "auto_find_batch_size": "A smaller batch would break up the groups of a prompt. Lower per_device_train_batch_size "
+    "or rollout_batch_size instead.",
+    "per_device_eval_batch_size": "Set rollout_batch_size instead, which counts the images of evaluations as well.",
+    "eval_accumulation_steps": _EVALUATION,
+    "eval_do_concat_batches": _EVALUATION,
+    "eval_use_gather_object": _EVALUATION,
+    "include_for_metrics": _EVALUATION,
+    "batch_eval_metrics": _EVALUATION,
+    "prediction_loss_only": _EVALUATION,
+    "do_predict": "Call the trainer's generate or evaluate instead.",
+    "bf16_full_eval": "Evaluations have the precision of the rollouts; set bf16 instead.",
+    "fp16_full_eval": "Evaluations have the precision of the rollouts; set fp16 instead.",
+    "label_smoothing_factor": _LABELS,
+    "label_names": _LABELS,
+    "average_tokens_across_devices": _TOKENS,
+    "include_num_input_tokens_seen": _TOKENS,
+    "neftune_noise_alpha": "There are no token embeddings to add noise to.",
+    "use_liger_kernel": "Its kernels are those of language models.",
+    "liger_kernel_config": "Its kernels are those of language models.",
+    "use_cache": "There is no cache of keys and values.",
+    "activation_checkpointing_kwargs": _CHECKPOINTING,
+    "gradient_checkpointing_kwargs": _CHECKPOINTING,
+    "torch_empty_cache_steps": "Lower rollout_batch_size or per_device_train_batch_size to save memory.",
+    "train_sampling_strategy": _LENGTH,
+    "length_column_name": _LENGTH,
+    "group_by_length": _LENGTH,
+    "enable_jit_checkpoint": "SIGTERM saves a checkpoint by itself.",
+    "parallelism_config": "Use DDP, DeepSpeed ZeRO or FSDP2 through accelerate's configuration instead.",
+}
+
+
+def check_settings_act(config: TrainingArguments) -> None:
+    """
+    Refuse settings that could not act, where they differ from their default.
+
+    Args:
+        config (`TrainingArguments`): of a subclass, as it was given.
+
+    Raises:
+        `ValueError`: names the setting and what to do instead.
+    """
+    for field in fields(config):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        value = vars(config)[field.name]
+        if field.name in CANNOT_ACT and value != default:
+            raise ValueError(
+                f"{field.name}={value!r} is not supported: it cannot act in this trainer. {CANNOT_ACT[field.name]} "
+                f"Leave it at {default!r}."
+            )
 
 
 def check_types(config: TrainingArguments, unchecked: Collection[str]) -> None:

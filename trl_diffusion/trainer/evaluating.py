@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 
 from ..data.prompts import check_prompts
 from ..metrics.reward_metric import by_prompt, clustered_mean
@@ -74,6 +73,8 @@ class EvaluationMixin:
             once a dataset, or `None` where all weights are trained.
         """
         check_prompts(dataset, "eval_dataset")
+        if dataset is not self.eval_dataset:
+            dataset = self._column_reader.prepare(dataset, "eval_dataset")
         missing = [prompt for prompt in dataset["prompt"] if prompt not in self.prompt_cache]
         if missing:
             raise ValueError(
@@ -86,9 +87,9 @@ class EvaluationMixin:
         local = [self.accelerator.process_index * share + i for i in range(share)]
         rows = [dataset[index % len(dataset)] for index in local]
         prompts = [row["prompt"] for row in rows]
-        columns = self._columns(rows)
+        columns = self._column_reader.read(rows)
         base = None
-        if isinstance(self.accelerator.unwrap_model(self.model_wrapped), PeftModel):
+        if self.has_adapter:
             # Before the adapter's, so that a subclass that keeps the last scores keeps those.
             key = tuple(dataset["prompt"])
             if key not in self._base_scores:
@@ -110,6 +111,14 @@ class EvaluationMixin:
         scores = self._evaluation_scores(images, prompts, columns)
         gathered = self.accelerator.gather(torch.stack(list(scores.values()), 1))[:total]
         return dict(zip(scores, gathered.unbind(1), strict=True))
+
+    def _evaluation_names(self) -> list[str]:
+        """The names of what `_evaluation_scores` gives."""
+        return [
+            "reward",
+            *(f"rewards/{name}/mean" for name in self.rewards),
+            *(f"watch/{name}/mean" for name in self.watched_rewards),
+        ]
 
     def _evaluation_scores(
         self, images: torch.Tensor, prompts: list[str], columns: dict[str, list[Any]]

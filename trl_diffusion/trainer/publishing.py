@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard
-from peft import PeftModel
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
@@ -70,6 +69,29 @@ class PublishingMixin:
 
     # ---- The card ----
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Save the model, and beside it its card, as the last [`create_model_card`] described it. To be called on every
+        process.
+
+        The Hub is not asked: the card states the licence of the base model if an earlier card did.
+
+        Args:
+            output_dir (`str`, *optional*):
+                Folder, `args.output_dir` by default.
+        """
+        super().save_model(output_dir, _internal_call)
+        home = Path(self.args.output_dir)
+        folder = home if output_dir is None else Path(output_dir)
+        is_home = folder.absolute() == home.absolute()
+        if _internal_call or (is_home and self.args.push_to_hub):
+            return  # a checkpoint, whose card a push writes; or pushed, with a card that tells more
+        card = {"license": self._license, "samples": self._newest_samples(), **self._card_arguments}
+        if not is_home:
+            for name in {"images", "samples"} & card.keys():
+                card[name] = {path: text for path, text in card[name].items() if (folder / path).is_file()}
+        self._write_card(card, folder)
+
     def create_model_card(
         self,
         model_name: str | None = None,
@@ -96,14 +118,13 @@ class PublishingMixin:
         given = {"model_name": model_name, "dataset_name": dataset_name, **card}
         given |= {"tags": [tags] if isinstance(tags, str) else tags}
         card = {**self._card_arguments, **{name: value for name, value in given.items() if value is not None}}
-        self._write_card({"samples": self._newest_samples(), **card})
+        self._write_card({"samples": self._newest_samples(), **card}, Path(self.args.output_dir))
         self._card_arguments = card
 
-    def _write_card(self, card: dict[str, Any]) -> None:
+    def _write_card(self, card: dict[str, Any], folder: Path) -> None:
         if not self.is_world_process_zero():
             return
         args = self.args
-        full = not isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
         repository = self.hub_model_id or args.hub_model_id
         call = {
             "height": self.height,
@@ -126,9 +147,10 @@ class PublishingMixin:
             rewards=dict(zip(self.rewards, self.reward_weights.tolist(), strict=True)),
             watched_rewards=list(self.watched_rewards),
             settings=self._card_settings(),
-            transformer_class=type(self.flow.denoiser).__name__ if full else None,
+            fused_loras=sorted(self.flow.pipeline.fused_loras),
+            transformer_class=type(self.flow.denoiser).__name__ if not self.has_adapter else None,
             **{**defaults, **card, "call_arguments": {**call, **card.get("call_arguments", {})}},
-        ).save(Path(args.output_dir) / CARD_NAME)
+        ).save(folder / CARD_NAME)
 
     def _base_license(self) -> dict[str, str]:
         if self._license is None:
@@ -147,9 +169,8 @@ class PublishingMixin:
         }  # fmt: skip
         values = {name: value for name, value in self.args.to_dict().items() if name in names}
         values |= {"height": self.height, "width": self.width, "guidance_scale": self.guidance_scale}
-        network = self.accelerator.unwrap_model(self.model)
-        if isinstance(network, PeftModel):
-            config = network.peft_config["default"]
+        if self.has_adapter:
+            config = self.network.peft_config["default"]
             values |= {"lora_r": config.r, "lora_alpha": config.lora_alpha}
         return {name: value for name, value in values.items() if value is not None} | {
             "num_processes": self.accelerator.num_processes
@@ -262,8 +283,7 @@ class PublishingMixin:
         self.callback_handler.on_push_begin(args, self.state, self.control)
         self.save_model(_internal_call=True)
         drawn = {"samples": self._draw_gallery()} if args.log_samples else {}
-        has_adapter = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
-        if self.eval_dataset is not None and has_adapter and "metrics" not in {**self._card_arguments, **card}:
+        if self.eval_dataset is not None and self.has_adapter and "metrics" not in {**self._card_arguments, **card}:
             drawn["metrics"] = self.compare_with_base()
             drawn["metrics_note"] = (
                 f"Measured on {args.num_eval_images} images of prompts that were set aside for evaluation, with the same "
@@ -275,7 +295,7 @@ class PublishingMixin:
                 self.init_hf_repo(token=token, private=private)
             self._finish_current_push()
             self.create_model_card(**card)
-            self._write_card({**drawn, **self._card_arguments})
+            self._write_card({**drawn, **self._card_arguments}, Path(args.output_dir))
             if not self.is_world_process_zero():
                 return None
             push = (

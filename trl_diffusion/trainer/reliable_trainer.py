@@ -23,17 +23,22 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object, save_fsdp_model, save_fsdp_optimizer
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from .checkpoints import (
@@ -47,8 +52,10 @@ from .checkpoints import (
     write_manifest,
 )
 from .ema import WeightAverage
+from .resuming import BY_HISTORY, OptimizerSettings, is_function_of_the_step, refuse_changed, saved_state
 from .reward_calls import RewardError, call_reward, shown
 from .sharding import held_weights
+from .updates import FirstUpdate
 
 
 if TYPE_CHECKING:
@@ -62,7 +69,22 @@ SIGTERM_STATUS = 128 + signal.SIGTERM
 # Holds room on the disk for a small file that must not fail, whatever becomes of the others.
 RESERVE_NAME, RESERVE_BYTES = "reserve", 2**16
 
+# The weights at which an optimizer with modes trains; the other files of a checkpoint have those that it averages.
+TRAINED_NAME = "trained.safetensors"
+
 T = TypeVar("T")
+
+
+@runtime_checkable
+class OptimizerWithModes(Protocol):
+    """
+    An optimizer that takes gradients at other weights, in train mode, than it is evaluated at, in eval mode, as
+    [schedule-free](https://huggingface.co/papers/2405.15682) ones do.
+    """
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
 
 
 class StepCallback(TrainerCallback):
@@ -91,12 +113,15 @@ class ReliableTrainer(Trainer):
     """
 
     # Attributes that change between two optimizer steps and belong into a checkpoint.
-    _state_within_step: tuple[str, ...] = ("_micro_step",)
+    _state_within_step: tuple[str, ...] = ("_images_trained",)
 
     def __init__(self, *args, **kwargs):
-        self._micro_step = 0  # micro-batches trained so far
+        # Images of all processes that were trained so far, each as often as it was: the same number however they are cut
+        # into processes and micro-batches.
+        self._images_trained = 0
         self._staging: Path | None = None  # where a checkpoint is being written
         self._save_error: Exception | None = None
+        self._fresh_state: str | None = None  # what a run begins with
         self._saved_step: int | None = None  # of the last checkpoint of this run
         self._terminated = False
         self._bad_losses: list[str] = []  # of the micro-batches of this step
@@ -104,8 +129,11 @@ class ReliableTrainer(Trainer):
         self._bad_steps_in_a_row = 0
         self._skipped_steps = 0
         self._last_skip = ""
+        self._first_update: FirstUpdate | None = None
         self.weight_average: WeightAverage | None = None  # of the weights as a run has prepared them
+        self._in_train_mode = False  # whether the weights are those at which an optimizer with modes trains
         super().__init__(*args, **kwargs)
+        self._optimizer_name = self._name_of_optimizer()
         self.add_callback(StepCallback(self))
 
     @property
@@ -124,25 +152,90 @@ class ReliableTrainer(Trainer):
 
     # ---- What a subclass defines ----
 
-    def _extra_state(self) -> dict[str, Any]:
-        """What a checkpoint must hold beyond the Trainer's own state, as JSON."""
+    def state_dict(self) -> dict[str, Any]:
+        """What a run carries over a restart beyond the Trainer's own state, as JSON."""
         return {
-            "micro_step": self._micro_step,
+            "images_trained": self._images_trained,
             "bad_steps_in_a_row": self._bad_steps_in_a_row,
             "skipped_steps": self._skipped_steps,
+            "fixed_settings": self._fixed_settings(),
+            "schedule": self._schedule_settings(),
         }
 
-    def _load_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore what `_extra_state` gave."""
-        self._micro_step = state["micro_step"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave; the settings stay those of the run."""
+        self._images_trained = state["images_trained"]
         self._bad_steps_in_a_row = state["bad_steps_in_a_row"]
         self._skipped_steps = state["skipped_steps"]
+
+    def _fixed_settings(self) -> dict[str, Any]:
+        """Settings that cannot change within a run, by name, as JSON; all others can."""
+        args = self.args
+        sharding = None
+        if self.is_deepspeed_enabled:
+            sharding = f"ZeRO-{self.accelerator.state.deepspeed_plugin.zero_stage}"
+        elif self.is_fsdp_enabled:
+            sharding = "FSDP2"
+        settings = {
+            "optim": self._optimizer_name,
+            "optim_args": args.optim_args,
+            "ema_decay": args.ema_decay,
+            "fp16": args.fp16,
+            "sharding": sharding,
+            "per_device_train_batch_size x processes x gradient_accumulation_steps": (
+                args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+            ),
+        }
+        # FSDP2 writes the optimizer's states whole; DeepSpeed, and the average of sharded weights, a file a process.
+        a_file_a_process = self.is_deepspeed_enabled or (self.is_fsdp_enabled and args.ema_decay is not None)
+        settings["processes"] = args.world_size if a_file_a_process else None
+        settings["bf16"] = None if sharding is None else args.bf16
+        return settings
+
+    def _schedule_settings(self) -> dict[str, Any]:
+        """Settings that can change unless the learning rate depends on what happened before."""
+        args = self.args
+        names = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
+        return {name: vars(args)[name] for name in names}
+
+    def _check_settings(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Refuse to resume from a checkpoint, whose `state_dict` this is, with settings that cannot act."""
+        saved, current = state["fixed_settings"], self._fixed_settings()
+        if saved["ema_decay"] is not None and current["ema_decay"] is not None:
+            current["ema_decay"] = saved["ema_decay"]  # an average goes on with any decay
+        refuse_changed(
+            checkpoint,
+            saved,
+            current,
+            "They cannot change within a run, because the position in the data or the optimizer's states depend on them.",
+            "start a new run in another output_dir",
+        )
+        if not {state["schedule"]["lr_scheduler_type"], self._schedule_settings()["lr_scheduler_type"]}.isdisjoint(
+            BY_HISTORY
+        ):
+            self._check_schedule(checkpoint, state)
+
+    def _check_schedule(self, checkpoint: str | Path, state: dict[str, Any]) -> None:
+        refuse_changed(
+            checkpoint,
+            state["schedule"],
+            self._schedule_settings(),
+            "They cannot change where the learning rate depends on what happened before.",
+            "start a new run in another output_dir",
+        )
+
+    def _name_of_optimizer(self) -> str:
+        if self.optimizer is not None:
+            return type(self.optimizer).__name__
+        if self.optimizer_cls_and_kwargs is not None:
+            return self.optimizer_cls_and_kwargs[0].__name__
+        return OptimizerNames(self.args.optim).value
 
     def _save_process_state(self, folder: str) -> None:
         """Write what each process must keep for itself into the folder of a checkpoint."""
 
     def _load_process_state(self, folder: str) -> None:
-        """Restore what `_save_process_state` wrote; called after `_load_extra_state`."""
+        """Restore what `_save_process_state` wrote; called after `load_state_dict`."""
 
     # ---- A run ----
 
@@ -167,8 +260,13 @@ class ReliableTrainer(Trainer):
                     f"resume_from_checkpoint {str(resume_from_checkpoint)!r} is no whole checkpoint: {reason}. Give "
                     "another one, or True for the last whole one of output_dir."
                 )
-        self._micro_step = self._bad_steps_in_a_row = self._skipped_steps = 0
+        if self._fresh_state is None:
+            self._fresh_state = json.dumps(self.state_dict())
+        self.load_state_dict(json.loads(self._fresh_state))
+        if resume_from_checkpoint:
+            self._check_settings(Path(resume_from_checkpoint), saved_state(resume_from_checkpoint))
         self._saved_step = None
+        self._in_train_mode = False
         self._bad_losses, self._step_prompts = [], []
         self.weight_average = None
         try:
@@ -178,10 +276,33 @@ class ReliableTrainer(Trainer):
             self.is_in_train = False  # `Trainer` leaves it set where a run ends early
 
     def _begin_run(self) -> None:
+        if self._optimizer_with_modes is not None:
+            self._optimizer_with_modes.train()
+            self._in_train_mode = True
         if self.args.ema_decay is not None and self.weight_average is None:
             self.weight_average = self._make_average()
         self._first_step = self.state.global_step
+        # A checkpoint has those of its own time.
+        self.state.compute_steps(self.args, self.state.max_steps)
+        # Weights that are offloaded to NVMe are not in memory after a step.
+        in_memory = self.deepspeed is None or not self.deepspeed.zero_nvme_offload_optimizer()
+        self._first_update = FirstUpdate(self.model, self.optimizer, self.deepspeed) if in_memory else None
         self._remember_step()
+        if self._nothing_left() and self.is_world_process_zero():
+            logger.warning(
+                f"The checkpoint is of step {self.state.global_step}, and the run ends after step "
+                f"{self.state.max_steps}: nothing is left to train. Raise max_steps or num_train_epochs to go on."
+            )
+
+    def _nothing_left(self) -> bool:
+        return self.state.global_step >= self.state.max_steps
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        # The Trainer looks only after a step whether it was the last.
+        if self._nothing_left():
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
         # The end of an optimizer step, and of an epoch. The state is kept before as well: an evaluation may fail.
@@ -347,12 +468,43 @@ class ReliableTrainer(Trainer):
         return Path(checkpoint) / f"ema{index}.safetensors"
 
     def _after_optimizer_step(self) -> None:
+        if self._first_update is not None:
+            skipped = self._bad_steps_in_a_row > 0 or self.accelerator.optimizer_step_was_skipped
+            self._first_update.check(skipped, self.accelerator)
         if self.weight_average is not None and self._bad_steps_in_a_row == 0:
             self.weight_average.step()
 
     def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
-        """Within this context the weights are their moving average, where `ema_decay` is set."""
-        return contextlib.nullcontext() if self.weight_average is None else self.weight_average.applied()
+        """
+        Within this context the weights are their moving average, where `ema_decay` is set, or those of the eval mode of an
+        optimizer that has modes.
+        """
+        if self.weight_average is not None:
+            return self.weight_average.applied()
+        return self._eval_mode() if self._in_train_mode else contextlib.nullcontext()
+
+    @property
+    def _optimizer_with_modes(self) -> OptimizerWithModes | None:
+        """The optimizer, where it has modes."""
+        optimizer = self.optimizer
+        if isinstance(optimizer, AcceleratedOptimizer):  # which has the methods whatever it wraps
+            optimizer = optimizer.optimizer
+        return optimizer if isinstance(optimizer, OptimizerWithModes) else None
+
+    @contextlib.contextmanager
+    def _eval_mode(self) -> Iterator[None]:
+        """Within this context an optimizer with modes is in eval mode; afterwards the weights are as they were."""
+        weights = held_weights(self.model, self.deepspeed).tensors()
+        # The way to the other weights and back rounds, and a run must not depend on when it was evaluated or saved.
+        before = {name: weight.detach().clone() for name, weight in weights.items()}
+        self._optimizer_with_modes.eval()
+        self._in_train_mode = False
+        try:
+            yield
+        finally:
+            self._optimizer_with_modes.train()
+            self._in_train_mode = True
+            _copy_weights(weights, before)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         with self.averaged_weights(), self._save_errors_noted():
@@ -365,6 +517,7 @@ class ReliableTrainer(Trainer):
     def _restart_average(self) -> None:
         """After the best model was loaded: let the average be that of its checkpoint, which was evaluated."""
         average = self.weight_average
+        self._in_train_mode = False  # the file has the weights of the eval mode
         if average is None:
             return
         if average.weights.sharded:
@@ -440,7 +593,7 @@ class ReliableTrainer(Trainer):
         shutil.rmtree(folder.parent, ignore_errors=True)
         folder.mkdir(parents=True)
         if not self.args.save_only_model:
-            (folder / STATE_NAME).write_text(json.dumps(self._extra_state(), indent=2), encoding="utf-8")
+            (folder / STATE_NAME).write_text(json.dumps(self.state_dict(), indent=2), encoding="utf-8")
         if self.deepspeed is not None:
             (folder.parent / RESERVE_NAME).write_bytes(bytes(RESERVE_BYTES))
 
@@ -494,22 +647,40 @@ class ReliableTrainer(Trainer):
             super()._save_rng_state(output_dir)
             if average is not None and (average.weights.sharded or self.args.should_save):
                 average.save(self._average_file(output_dir))
+            if self._in_train_mode and self.args.should_save:
+                weights = held_weights(self.model, self.deepspeed).tensors()
+                weights = {name: weight.detach().contiguous() for name, weight in weights.items()}
+                save_file(weights, os.path.join(output_dir, TRAINED_NAME))
             self._save_process_state(output_dir)
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        # The last call before a checkpoint is loaded, under DeepSpeed as well.
+        self._optimizer_settings = OptimizerSettings(self.optimizer if optimizer is None else optimizer, scheduler)
+        return scheduler
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        wants_average = self.args.ema_decay is not None
-        if checkpoint is not None and self._average_file(checkpoint).exists() != wants_average:
-            raise ValueError(
-                f"The checkpoint {checkpoint} was written {'without' if wants_average else 'with'} ema_decay, but "
-                f"ema_decay is {self.args.ema_decay}. Resume with the setting that it was written with."
-            )
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self._load_extra_state(json.loads((Path(checkpoint) / STATE_NAME).read_text(encoding="utf-8")))
-            self._load_process_state(checkpoint)
-            if wants_average:
-                self.weight_average = self._make_average()
-                self.weight_average.load(self._average_file(checkpoint))
+        if checkpoint is None:
+            return
+        state = saved_state(checkpoint)
+        if not is_function_of_the_step(self.lr_scheduler):
+            self._check_schedule(checkpoint, state)
+        self._optimizer_settings.apply(self.optimizer, self.lr_scheduler)
+        self.load_state_dict(state)
+        self._load_process_state(checkpoint)
+        if self._optimizer_with_modes is not None:
+            weights = held_weights(self.model, self.deepspeed).tensors()
+            _copy_weights(weights, load_file(Path(checkpoint) / TRAINED_NAME))
+        if self.args.ema_decay is not None:
+            self.weight_average = self._make_average()
+            self.weight_average.load(self._average_file(checkpoint))
+
+
+@torch.no_grad()
+def _copy_weights(to: dict[str, torch.Tensor], source: dict[str, torch.Tensor]) -> None:
+    for name, tensor in to.items():
+        tensor.copy_(source[name])
 
 
 def _all_finite(gradients: list[torch.Tensor]) -> torch.Tensor:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from ..rewards.base import MEMORY_REMEDY, RewardOutOfMemoryError, is_out_of_memory
 from ..rewards.remote import RewardServerError
 
 
@@ -65,7 +66,7 @@ def call_reward(
         What the call returns.
 
     Raises:
-        [`RewardError`]: it failed or hung in every attempt. `TypeError`, `ValueError`: it gave a wrong answer, which
+        [`RewardError`]: it failed or hung in every attempt, or ran out of memory in one. `TypeError`, `ValueError`: it gave a wrong answer, which
         another attempt would not mend.
     """
     for attempt in range(retries + 1):
@@ -75,7 +76,14 @@ def call_reward(
             reason, cause = f"gave no answer within reward_timeout={timeout:g} s", None
         except (TypeError, ValueError):
             raise
+        except RewardOutOfMemoryError as error:
+            raise RewardError(f"{error} (prompts {shown(prompts)})") from error
         except Exception as error:  # a reward is foreign code
+            if is_out_of_memory(error):
+                raise RewardError(
+                    f"The reward {name!r} ran out of memory on {len(prompts)} images: {error}. {MEMORY_REMEDY} (prompts "
+                    f"{shown(prompts)})"
+                ) from error
             reason, cause = f"failed: {error}", error
             if isinstance(error, RewardServerError) or isinstance(error.__cause__, RewardServerError):
                 break

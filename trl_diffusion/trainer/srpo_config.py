@@ -127,6 +127,7 @@ class SRPOConfig(DiffusionConfig):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*DiffusionConfig._VALID_DICT_FIELDS, "positive_words", "negative_words"]
 
     _UNCHECKED_TYPES = ("positive_words", "negative_words")
+    BEST_METRIC = "objective"
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         # https://huggingface.co/papers/2509.06942
         "srpo_hpsv2": {
@@ -143,6 +144,10 @@ class SRPOConfig(DiffusionConfig):
             "denoise_discount": [0.10, 0.50],
             "inversion_discount": [0.60, 0.01],
         },
+    }
+    PRESET_REWARDS: ClassVar[dict[str, list[str]]] = {
+        "srpo_hpsv2": ["hpsv2"],
+        "srpo_pickscore": ["pickscore:scale=0.05"],  # the paper divides by 20
     }
 
     learning_rate: float = field(

@@ -50,7 +50,6 @@ class CleanBatch:
 
     Attributes:
         prompts (`list[str]` of length B): plain prompts.
-        size (`tuple[int, int]`): height and width in pixels.
         clean (`torch.Tensor` of shape `(B, ...)`): clean latents, float32.
         noise (`torch.Tensor` of shape `(B, ...)`): noise prior.
         sigmas (`torch.Tensor` of shape `(L, B)`): noise levels of the L landings.
@@ -60,7 +59,6 @@ class CleanBatch:
     """
 
     prompts: list[str]
-    size: tuple[int, int]
     clean: torch.Tensor
     noise: torch.Tensor
     sigmas: torch.Tensor
@@ -103,11 +101,15 @@ class SRPOTrainer(DiffusionTrainer):
         callbacks (`list[TrainerCallback]`, *optional*):
             More callbacks.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
-            Optimizer and scheduler to use.
+            Optimizer and scheduler to use, for full fine-tuning of a loaded pipeline. The weights of a LoRA, and of a
+            pipeline that the trainer loads, are made later than such an optimizer: pass `optimizer_cls_and_kwargs`.
         peft_config ([`~peft.LoraConfig`] or `False`, *optional*):
             Adapter; `None` is LoRA on the family's attention layers, `False` full fine-tuning.
         watch_reward_funcs (as `reward_funcs`, or callables, *optional*):
             Rewards that are evaluated and not trained. Reward hacking shows in them.
+        optimizer_cls_and_kwargs (`tuple`, *optional*):
+            Class of an optimizer and its arguments, as `(torch.optim.SGD, {"lr": 0.1})`, in place of `args.optim`; the
+            trainer gives it the trained weights.
     """
 
     _name = "SRPO"
@@ -125,10 +127,11 @@ class SRPOTrainer(DiffusionTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: PeftConfig | bool | None = None,
         watch_reward_funcs: str | Reward | list[str | Reward] | None = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ):
         super().__init__(
             model, reward_funcs, args, train_dataset, eval_dataset, callbacks, optimizers, peft_config,
-            watch_reward_funcs,
+            watch_reward_funcs, optimizer_cls_and_kwargs,
         )  # fmt: skip
         args = self.args
         if args.estimator != "direct_align":
@@ -190,7 +193,7 @@ class SRPOTrainer(DiffusionTrainer):
                 f"offline_steps={args.offline_steps}, but train_dataset has no column 'image', only "
                 f"{train_dataset.column_names}. Add the images, or leave offline_steps unset."
             )
-        self.images = ImageBuckets(train_dataset) if has_images else None
+        self.images = ImageBuckets(train_dataset, args.process_index, args.world_size) if has_images else None
 
     def _make_sampler(self, args: SRPOConfig, train_dataset: Dataset) -> BucketSampler:
         return BucketSampler(
@@ -221,6 +224,11 @@ class SRPOTrainer(DiffusionTrainer):
             gradient = None
             with self.on_accelerator(reward):
                 score = reward.score(images, [prompt] * len(images))
+                if score.shape not in ((len(images),), (len(images), 1)):
+                    raise ValueError(
+                        f"The reward {name!r} gave scores of shape {tuple(score.shape)} for {len(images)} images. Return one "
+                        "a image, of shape (B,)."
+                    )
                 if score.requires_grad:
                     (gradient,) = torch.autograd.grad(score.sum(), images, allow_unused=True)
             if gradient is None or not gradient.isfinite().all() or not gradient.any():
@@ -236,9 +244,8 @@ class SRPOTrainer(DiffusionTrainer):
         args = self.args
         index = self._global_index(len(rows))
         # Images are numbered over the whole run, so that micro-batches of any size draw the same noise.
-        first = self._micro_step * args.per_device_train_batch_size * self.accelerator.num_processes
-        numbers = [first + i for i in index]
-        self._micro_step += 1
+        numbers = [self._images_trained + i for i in index]
+        self._images_trained += self._images_per_micro_batch
         low, high = args.sigma_range
         uniform = [
             torch.rand(args.num_landings, generator=g, device=g.device) for g in self.generators(_LANDINGS, numbers)
@@ -263,7 +270,7 @@ class SRPOTrainer(DiffusionTrainer):
             clean = self.flow.encode_image(images)
         noise = self.randn(self.generators(_FRESH_NOISE, numbers), clean)
         self._images_since_log += len(rows)
-        return CleanBatch(prompts, size, clean, noise, sigmas, {}, [])
+        return CleanBatch(prompts, clean, noise, sigmas, {}, [])
 
     def _online_batch(self, prompts: list[str], numbers: list[int], sigmas: torch.Tensor) -> CleanBatch:
         """Images of the current policy, with the noise they were made from."""
@@ -289,7 +296,7 @@ class SRPOTrainer(DiffusionTrainer):
         noise = initial if args.noise_prior == "rollout" else self.randn(fresh_generators, clean)
         renoisings = args.draft_renoisings - 1 if args.estimator == "draft" else 0
         fresh_noise = [self.randn(fresh_generators, clean) for _ in range(renoisings)]
-        return CleanBatch(prompts, (self.height, self.width), clean, noise, sigmas, trajectory.states, fresh_noise)
+        return CleanBatch(prompts, clean, noise, sigmas, trajectory.states, fresh_noise)
 
     def _start_steps(self) -> list[int]:
         """The sampling steps whose states the estimator starts from, the same on every process."""
@@ -344,7 +351,7 @@ class SRPOTrainer(DiffusionTrainer):
         conditioning = self.prompt_cache.get(batch.prompts, batch.clean.device)
 
         def velocity(latents, sigma_in):
-            return self.velocity(model, latents, sigma_in, conditioning, size=batch.size)
+            return self.velocity(model, latents, sigma_in, conditioning)
 
         recovered = direct_align_pass(velocity, batch.clean, batch.noise, sigma, self.args.delta_sigma, branch)
         return self._preference_term(recovered, batch, sigma, branch, branch) / num_passes
@@ -377,11 +384,11 @@ class SRPOTrainer(DiffusionTrainer):
     ) -> torch.Tensor:
         """Loss of a pass, logged as `label`: the rewards' preference for the recovered images, mean over the batch."""
         args = self.args
-        images = self.flow.decode(recovered, *batch.size)
+        images = self.flow.decode(recovered)
         discount = discount_at(
             sigma, args.sigma_range, args.denoise_discount if branch == "denoise" else args.inversion_discount
         )
-        loss = recovered.new_zeros(())
+        losses = recovered.new_zeros(len(recovered))
         values = {}
         for (name, reward), weight in zip(self.rewards.items(), self.reward_weights.tolist(), strict=True):
             prompt_sets = self._reward_prompts(name, batch.prompts)
@@ -389,12 +396,14 @@ class SRPOTrainer(DiffusionTrainer):
             positive, *negatives = self.call_reward(name, batch.prompts, call)
             negative = negatives[0] if negatives else None
             preference = relative_preference(positive, negative, discount, branch, args.preference)
-            loss = loss + weight * preference_loss(preference, args.reward_threshold).mean()
+            losses = losses + weight * preference_loss(preference, args.reward_threshold)
             values[f"{label}/{name}/positive"] = positive.mean()
             if negative is not None:
                 values[f"{label}/{name}/negative"] = negative.mean()
                 values[f"{label}/{name}/difference"] = (positive - negative).mean()
+        loss = losses.mean()
         values[f"{label}/loss"] = loss
+        values[f"{label}/active"] = (losses != 0).float().mean()
         values[f"{label}/recovery_error"] = (recovered - batch.clean).abs().mean()
         values[f"{label}/clamped"] = ((images <= 0) | (images >= 1)).float().mean()
         reduced = self.accelerator.reduce(
@@ -418,16 +427,19 @@ class SRPOTrainer(DiffusionTrainer):
 
     # ---- Resuming ----
 
-    def _extra_state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         hacking = {"best": self.hacking_callback.best, "count": self.hacking_callback.count}
-        return {**super()._extra_state(), "hacking": hacking}
+        return {**super().state_dict(), "hacking": hacking}
 
-    def _load_extra_state(self, state: dict[str, Any]) -> None:
-        super()._load_extra_state(state)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         self.hacking_callback.best = state["hacking"]["best"]
         self.hacking_callback.count = state["hacking"]["count"]
 
     # ---- Evaluation ----
+
+    def _evaluation_names(self) -> list[str]:
+        return ["objective", *super()._evaluation_names()]
 
     @torch.no_grad()
     def _evaluation_scores(
@@ -473,4 +485,5 @@ def scores_of_prompt_sets(
     if isinstance(reward, TwoTowerReward):
         features = reward.encode_images(images)
         return [reward.score_features(features, reward.encode_texts(prompts)) for prompts in prompt_sets]
-    return [reward.score(images, prompts) for prompts in prompt_sets]
+    # A column (B, 1) would be broadcast against the discounts (B,).
+    return [reward.score(images, prompts).reshape(len(images)) for prompts in prompt_sets]

@@ -1,0 +1,72 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The columns of a dataset besides the prompt: those that a reward asks for, and no others, are read."""
+
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset
+from datasets import Image as ImageFeature
+
+from .images import check_pictures, open_picture
+
+
+class ColumnReader:
+    """
+    Reads the columns that rewards ask for, as Python values; images by [`open_picture`], which reads what cameras write.
+
+    Args:
+        asked_for (`Callable[[str], bool]`): whether a reward asks for the column of this name.
+        process_index, num_processes (`int`, *optional*): this process, and how many there are.
+    """
+
+    def __init__(self, asked_for: Callable[[str], bool], process_index: int = 0, num_processes: int = 1):
+        self.asked_for = asked_for
+        self.process_index = process_index
+        self.num_processes = num_processes
+        self._image_columns: set[str] = set()
+
+    def prepare(self, dataset: Dataset, name: str) -> Dataset:
+        """
+        The dataset with the prompts and the columns that are asked for, its images undecoded; each is read once, so that
+        a broken file ends the run before it begins. To be called by all processes.
+
+        Args:
+            dataset (`datasets.Dataset`): as the user gave it, or as this method returned it.
+            name (`str`): what the caller calls it, for the message.
+
+        Raises:
+            `ValueError`: an image that cannot be read; the message names its row.
+        """
+        dataset = dataset.with_format(None)
+        columns = [column for column in dataset.column_names if column == "prompt" or self.asked_for(column)]
+        dataset = dataset.select_columns(columns)
+        for column, feature in dataset.features.items():
+            if isinstance(feature, ImageFeature) and feature.decode:
+                dataset = dataset.cast_column(column, ImageFeature(decode=False))
+                check_pictures(dataset, column, name, self.process_index, self.num_processes)
+                self._image_columns.add(column)
+        return dataset
+
+    def read(self, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+        """The columns, other than the prompt, of rows of datasets that were prepared."""
+        return {
+            name: [
+                open_picture(row[name]) if name in self._image_columns and row[name] is not None else row[name]
+                for row in rows
+            ]
+            for name in rows[0]
+            if name != "prompt"
+        }
