@@ -23,6 +23,8 @@ from datasets import IterableDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from torch.utils.data import Sampler
 
+from .prompts import check_prompt
+
 
 def _layout(num_generations: int, batch_size: int, steps: int, num_processes: int) -> list[int]:
     """The prompt of the generation batch that each row of the data loader's order shows."""
@@ -278,12 +280,17 @@ class GroupStream(TorchIterableDataset):
     def set_epoch(self, epoch: int) -> None:
         """Nothing: what the trainer calls an epoch is no pass over the stream."""
 
+    def fixed_settings(self) -> dict[str, str]:
+        """What the order of the rows depends on, which a stream does not tell."""
+        return {}
+
     def _read(self) -> Iterator[list[dict[str, Any]]]:
         for epoch in itertools.count():
             self.stream.set_epoch(epoch)
             count = 0
             batch = []
-            for row in self.stream:
+            for index, row in enumerate(self.stream):
+                check_prompt(row["prompt"], index, "train_dataset")
                 batch.append(row)
                 if len(batch) == self.prompts_per_batch:
                     count += 1

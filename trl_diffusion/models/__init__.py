@@ -13,6 +13,7 @@
 # limitations under the License.
 
 from .base import FlowModel
+from .conditioning import Conditioning, open_prompt_store
 from .flux import FluxFlowModel
 from .loading import FLOW_MODELS, load_flow_model, whole_weights
 from .sampling import sample_latents
@@ -21,10 +22,12 @@ from .sd3 import SD3FlowModel
 
 __all__ = [
     "FLOW_MODELS",
+    "Conditioning",
     "FlowModel",
     "FluxFlowModel",
     "SD3FlowModel",
     "load_flow_model",
+    "open_prompt_store",
     "sample_latents",
     "whole_weights",
 ]

@@ -206,13 +206,9 @@ class FlowModel(ABC):
             device and in their dtype.
 
         Raises:
-            `RuntimeError`: if the text encoders were freed.
+            `RuntimeError`: if the text encoders were freed and cannot be loaded again.
         """
-        if not self.text_encoders:
-            raise RuntimeError(
-                "There are no text encoders to encode prompts with: they were freed, or the pipeline was loaded "
-                "without them. Encode every prompt before `free_text_encoders()`, or load the whole pipeline."
-            )
+        self._need_text_encoders()
         device = next(iter(self.text_encoders.values())).device
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             return self.encode(prompts, device)
@@ -261,13 +257,29 @@ class FlowModel(ABC):
             `negative_{name}`. On the text encoders' device and in their dtype.
 
         Raises:
-            `RuntimeError`: if the text encoders were freed.
+            `RuntimeError`: if the text encoders were freed and cannot be loaded again.
         """
         if self.negative_prompt is None:
             return self.collate(self.encode_rows(prompts))
         batch = self.collate(self.encode_rows([*prompts, self.negative_prompt]))
         conditioning = {name: tensor[:-1] for name, tensor in batch.items()}
         return add_negative(conditioning, {name: tensor[-1:] for name, tensor in batch.items()}, len(prompts))
+
+    @property
+    def can_encode(self) -> bool:
+        """Whether the text encoders are in memory or can be loaded."""
+        return bool(self.text_encoders) or self._load_text_encoders is not None
+
+    def _need_text_encoders(self) -> None:
+        if not self.can_encode:
+            raise RuntimeError(
+                "There are no text encoders to encode prompts with: they were freed, or the pipeline was loaded without "
+                "them. Load the whole pipeline, or pass its id or path instead of the pipeline."
+            )
+        if not self.text_encoders:
+            self.text_encoders = self._load_text_encoders()
+            for name, module in self.text_encoders.items():
+                setattr(self.pipeline, name, module.requires_grad_(False).eval())
 
     @contextlib.contextmanager
     def text_encoders_on(self, device: torch.device) -> Iterator[None]:
@@ -278,15 +290,7 @@ class FlowModel(ABC):
         Raises:
             `RuntimeError`: they were freed, and the pipeline was given loaded.
         """
-        if not self.text_encoders:
-            if self._load_text_encoders is None:
-                raise RuntimeError(
-                    "There are no text encoders to encode prompts with: they were freed, or the pipeline was loaded "
-                    "without them. Load the whole pipeline, or pass its id or path instead of the pipeline."
-                )
-            self.text_encoders = self._load_text_encoders()
-            for name, module in self.text_encoders.items():
-                setattr(self.pipeline, name, module.requires_grad_(False).eval())
+        self._need_text_encoders()
         for module in self.text_encoders.values():
             module.to(device)
         try:

@@ -141,6 +141,18 @@ class Conditioning:
         """Encode prompts and keep them in memory on this process."""
         self._kept |= self._encoded([prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept])
 
+    def check_available(self, prompts: Iterable[str]) -> None:
+        """Refuse prompts that are not there and cannot be encoded any more."""
+        if self.flow_model.can_encode:
+            return
+        for prompt in prompts:
+            if prompt not in self._kept and prompt not in self._window:
+                raise ValueError(
+                    f"The prompt {prompt!r} was not among the datasets that were given, and the text encoders of the "
+                    "pipeline were freed by now. Pass its dataset at construction, as eval_dataset to a trainer, or the "
+                    "id or path of the pipeline instead of the loaded one."
+                )
+
     def get(self, prompts: list[str], ahead: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
         """
         The conditioning of prompts, on the device.
@@ -155,8 +167,9 @@ class Conditioning:
             `dict[str, torch.Tensor]`: as [`FlowModel.encode_prompt`] gives it; the first dimension of every entry is B.
 
         Raises:
-            `RuntimeError`: a prompt must be encoded, and the text encoders are gone.
+            `ValueError`: a prompt must be encoded, and the text encoders are gone.
         """
+        self.check_available(prompts)
         negative = self.flow_model.negative_prompt
         distinct = list(dict.fromkeys(prompts))
         needed = [*distinct, *([] if negative is None else [negative])]
