@@ -20,6 +20,7 @@ from pathlib import Path
 from datasets import Dataset, load_dataset, load_from_disk
 
 from .. import shapes
+from ..paths import check_exists, not_found
 
 
 # Prompt files: ending -> builder of `datasets`.
@@ -98,4 +99,10 @@ def _load(name: str, split: str, config: str | None, streaming: bool) -> Dataset
         if path.suffix not in FILE_BUILDERS:
             raise ValueError(f"The ending of the file {name!r} is not supported. Use one of {sorted(FILE_BUILDERS)}.")
         return load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), split="train", streaming=streaming)
-    return load_dataset(name, config, split=split, streaming=streaming)
+    check_exists(name, FILE_BUILDERS)
+    try:
+        return load_dataset(name, config, split=split, streaming=streaming)
+    except (ConnectionError, FileNotFoundError) as error:
+        if path.exists():
+            raise
+        raise ValueError(not_found(name, error)) from error

@@ -29,6 +29,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ..paths import check_exists, not_found
 from .adapter import DIFFUSERS_WEIGHTS_NAME
 
 
@@ -60,12 +61,11 @@ def find_adapter(adapter: str | os.PathLike) -> Path:
                 "output_dir, one of its checkpoints, or the file itself."
             )
         return file
+    check_exists(adapter, (".safetensors",))
     try:
         return Path(hf_hub_download(str(adapter), DIFFUSERS_WEIGHTS_NAME))
     except (HFValidationError, OSError) as error:
-        raise ValueError(
-            f"No adapter {str(adapter)!r}: it is no file and no folder here, and the Hub answered: {error}"
-        ) from error
+        raise ValueError(f"No adapter {str(adapter)!r}: {not_found(adapter, error)}") from error
 
 
 def load_adapter(pipeline: DiffusionPipeline, adapter: str | os.PathLike, name: str) -> None:

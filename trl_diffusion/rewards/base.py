@@ -21,11 +21,9 @@ from collections.abc import Callable, Sized
 from typing import Any
 
 import torch
-from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .preprocessing import to_tensor
 
@@ -93,7 +91,9 @@ class RewardModel(nn.Module):
                 layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
         return self
 
-    def _checkpointed_layers(self) -> list[GradientCheckpointingLayer]:
+    def _checkpointed_layers(self) -> list[nn.Module]:
+        from transformers.modeling_layers import GradientCheckpointingLayer  # seconds, which no check of a name needs
+
         return [module for module in self.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
@@ -124,6 +124,8 @@ def reward_name(reward: Reward) -> str:
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
     """Images `(B, 3, H, W)` in [0, 1] as 8-bit pictures."""
+    from diffusers.image_processor import VaeImageProcessor  # as above
+
     return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images.detach().float()))
 
 

@@ -25,7 +25,6 @@ from transformers.utils import is_torch_bf16_gpu_available
 from transformers.utils.versions import require_version
 
 from .config_checks import check_types
-from .sharding import set_bucket_sizes
 
 
 @dataclass
@@ -299,6 +298,8 @@ class DiffusionConfig(TrainingArguments):
 
     def __post_init__(self):
         check_types(self, self._UNCHECKED_TYPES)
+        # First, because the rest of transformers that its own checks load takes seconds.
+        self._check_values()
         if self.bf16 is None:
             # On a machine without such an accelerator TrainingArguments refuses bf16.
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
@@ -314,7 +315,14 @@ class DiffusionConfig(TrainingArguments):
             # The command line knows strings only.
             self.resume_from_checkpoint = self.resume_from_checkpoint.lower() == "true"
         if self.deepspeed_plugin is not None:
+            from .sharding import set_bucket_sizes  # loads FSDP as well, which a command's help need not wait for
+
             set_bucket_sizes(self.deepspeed_plugin)
+        self._check_sharding()
+        self._check_processes()
+
+    def _check_values(self) -> None:
+        """Check, and complete, what is known without the run's processes and devices."""
         for name in (
             "height", "width", "num_inference_steps", "rollout_batch_size", "num_eval_images",
             "per_device_train_batch_size", "gradient_accumulation_steps",
@@ -353,7 +361,6 @@ class DiffusionConfig(TrainingArguments):
         self._check_reliability()
         if self.quantization is not None:
             self._check_choice("quantization", ("nf4", "int8"))
-        self._check_sharding()
         if self.auto_find_batch_size:
             raise ValueError(
                 "auto_find_batch_size=True is not supported: a smaller batch would break up the groups of a prompt. "
@@ -370,16 +377,20 @@ class DiffusionConfig(TrainingArguments):
                 raise ValueError(
                     f"reward_timeout must be above 0, got {self.reward_timeout}. Use None to wait for ever."
                 )
-            if self.world_size > 1 and self.reward_timeout * (self.reward_retries + 1) >= self.ddp_timeout:
-                raise ValueError(
-                    f"reward_timeout={self.reward_timeout} s in {self.reward_retries + 1} attempts takes longer than "
-                    f"the {self.ddp_timeout} s that processes wait for each other. Lower reward_timeout or "
-                    "reward_retries, or raise ddp_timeout."
-                )
         if self.ema_decay is not None:
             if not 0 < self.ema_decay < 1:
                 raise ValueError(
                     f"ema_decay must lie in (0, 1), got {self.ema_decay}. Use None for no moving average."
+                )
+
+    def _check_processes(self) -> None:
+        """Check what depends on the number of processes."""
+        if self.reward_timeout is not None and self.world_size > 1:
+            if self.reward_timeout * (self.reward_retries + 1) >= self.ddp_timeout:
+                raise ValueError(
+                    f"reward_timeout={self.reward_timeout} s in {self.reward_retries + 1} attempts takes longer than "
+                    f"the {self.ddp_timeout} s that processes wait for each other. Lower reward_timeout or "
+                    "reward_retries, or raise ddp_timeout."
                 )
 
     def _check_sharding(self) -> None:

@@ -90,6 +90,8 @@ def recover(folder: Path) -> None:
 
 def why_incomplete(checkpoint: Path) -> str | None:
     """What a checkpoint lacks for a resume, in words; `None` if it is whole."""
+    if not checkpoint.is_dir():
+        return "there is no such folder"
     manifest = checkpoint / MANIFEST_NAME
     if not manifest.is_file():
         return f"its list of files, {MANIFEST_NAME}, is missing"
