@@ -20,11 +20,12 @@ python examples/benchmarks/startup.py
 ```
 
 Every command is run once in each round, in turn, so that what else the machine does meets all alike; the table has the
-medians. A first round, which fills the caches of the file system and of Python's byte code, does not count.
+medians, of seconds and of seconds of CPU, which hardly depend on what else runs. A first round, which fills the caches of the file system and of Python's byte code, does not count.
 """
 
 import argparse
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -53,17 +54,23 @@ COMMANDS = {
 }
 
 
-def seconds(command: str, status: int, folder: str) -> float:
-    """How long a command takes; it must end with the status."""
+def measure(command: str, status: int, folder: str) -> tuple[float, float]:
+    """Seconds and seconds of CPU that a command takes; it must end with the status."""
     program, *arguments = command.split()
     # Beside the Python that runs this, as a virtual environment has them.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), cpu_seconds()
     done = subprocess.run([shutil.which(program, path=path), *arguments], cwd=folder, capture_output=True, text=True)
-    taken = time.perf_counter() - start
+    taken = time.perf_counter() - start, cpu_seconds() - cpu_start
     if done.returncode != status:
         raise RuntimeError(f"{command} ended with {done.returncode} instead of {status}:\n{done.stderr}")
     return taken
+
+
+def cpu_seconds() -> float:
+    """Of all processes that were started here and have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def main() -> None:
@@ -74,14 +81,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for index in range(rounds + 1):
             for command, status in COMMANDS.items():
-                time_taken = seconds(command, status, folder)
+                measured = measure(command, status, folder)
                 if index > 0:
-                    taken[command].append(time_taken)
-    medians = {command: statistics.median(values) for command, values in taken.items()}
-    print("| command | seconds | of TRL's |\n|---|---|---|")
-    for command, median in medians.items():
+                    taken[command].append(measured)
+    medians = {
+        command: [statistics.median(kind) for kind in zip(*rows, strict=True)] for command, rows in taken.items()
+    }
+    print("| command | seconds | of TRL's | of CPU | of TRL's |\n|---|---|---|---|---|")
+    for command, (wall, cpu) in medians.items():
         shown = command.replace(_TRAINING, "...").replace(_DRAWING, "...")
-        print(f"| `{shown}` | {median:.2f} | {median / medians[TRL]:.0%} |")
+        wall_share, cpu_share = (ours / trl for ours, trl in zip((wall, cpu), medians[TRL], strict=True))
+        print(f"| `{shown}` | {wall:.2f} | {wall_share:.0%} | {cpu:.2f} | {cpu_share:.0%} |")
 
 
 if __name__ == "__main__":
