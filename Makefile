@@ -5,15 +5,19 @@ BIN := $(VENV)/bin
 # Written last, so that an installation that was interrupted is done again. The demos need the package alone.
 INSTALLED := $(VENV)/.installed
 INSTALLED_ALL := $(VENV)/.installed-all
+# The lowest versions that pyproject.toml allows, in an environment of their own.
+FLOORS := .venv-floors
+INSTALLED_FLOORS := $(FLOORS)/.installed
 # Processes of the suite; each uses one core.
 JOBS ?= 2
 
-.PHONY: help setup demo demo-srpo test campaigns docs lint format clean
+.PHONY: help setup demo demo-srpo test floors campaigns docs lint format clean
 
 help:
 	@echo "make demo       align the small built-in FLUX on this machine and write the results to demo-chunk-grpo/"
 	@echo "make demo-srpo  the same with SRPO, to demo-srpo/"
 	@echo "make test       run the whole test suite"
+	@echo "make floors     run the suite, but for what needs DeepSpeed, with the lowest versions that pyproject.toml allows"
 	@echo "make docs       build the documentation site into site/"
 	@echo "make campaigns  kill runs, fill disks, draw random settings and start every configuration, some hours"
 	@echo "make lint       check style and formatting"
@@ -41,6 +45,17 @@ demo-srpo: $(INSTALLED)
 test: $(INSTALLED_ALL)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TEST_ARGS)
 
+# DeepSpeed stays out: it would be built against the torch of the day.
+$(INSTALLED_FLOORS): pyproject.toml
+	$(PYTHON) -m venv --clear $(FLOORS)
+	$(FLOORS)/bin/python -m pip install --disable-pip-version-check uv
+	echo deepspeed > $(FLOORS)/excluded.txt
+	$(FLOORS)/bin/uv pip install --python $(FLOORS)/bin/python --resolution lowest-direct --excludes $(FLOORS)/excluded.txt -e ".[test]"
+	touch $(INSTALLED_FLOORS)
+
+floors: $(INSTALLED_FLOORS)
+	$(FLOORS)/bin/python -m pytest -n $(JOBS) --dist loadfile $(TEST_ARGS)
+
 docs: $(INSTALLED_ALL)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
@@ -60,5 +75,5 @@ format: $(INSTALLED_ALL)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(FLOORS) build dist site .pytest_cache .ruff_cache
 	find trl_diffusion tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

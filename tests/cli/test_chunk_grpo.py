@@ -21,14 +21,14 @@ from trl_diffusion.cli.prompts import load_prompts
 from trl_diffusion.cli.training import ScriptArguments
 
 
-REQUIRED = ["--model_name_or_path", "m", "--dataset_name", "d", "--reward_funcs", "a", "b"]
+REQUIRED = ["--model_name_or_path", "m", "--dataset_name", "d", "--reward_funcs", "clip", "aesthetic"]
 
 
 def test_command_line_reaches_both_dataclasses(tmp_path):
     script_args, training_args = make_parser().parse_args_and_config(
         [*REQUIRED, "--num_inference_steps", "10", "--chunk_sizes", "1", "2", "2", "4", "--output_dir", str(tmp_path)]
     )
-    assert script_args.reward_funcs == ["a", "b"]
+    assert script_args.reward_funcs == ["clip", "aesthetic"]
     assert script_args.peft_config() is None
     assert training_args.num_inference_steps == 10
     assert training_args.chunk_sizes == [1, 2, 2, 4]
@@ -37,7 +37,7 @@ def test_command_line_reaches_both_dataclasses(tmp_path):
 def test_yaml_gives_values_and_the_command_line_wins(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(
-        "model_name_or_path: m\ndataset_name: d\nreward_funcs: [a]\nlearning_rate: 3e-4\neta: 0.5\n"
+        "model_name_or_path: m\ndataset_name: d\nreward_funcs: [clip]\nlearning_rate: 3e-4\neta: 0.5\n"
         f"chunk_sizes: [1, 2, 2, 4]\nnum_inference_steps: 10\noutput_dir: {tmp_path}\n"
     )
     script_args, training_args = make_parser().parse_args_and_config(["--config", str(config), "--eta", "0.6"])
@@ -53,14 +53,18 @@ def test_yaml_gives_values_and_the_command_line_wins(tmp_path):
         ("num_generatoins: 8\n", "num_generatoins"),
         ("chunk_sizes: [1, 2]\nnum_inference_steps: 10\n", "sum to 3"),
         ("num_generations: 1\n", "num_generations"),
-        ("lora_alpha: 8\n", "lora_r"),
+        ("lora_r: 0\n", "lora_r must be at least 1"),
+        ("lora_dropout: 1\n", "lora_dropout must lie in"),
+        ("use_peft: false\nlora_dropout: 0.1\n", "lora_dropout were given"),
+        ("lora_target_modules: 'to_(q'\n", "no regular expression"),
+        ("lora_target_modules: [to_q, all-linear]\n", "'all-linear' among 2"),
         ("use_peft: false\nlora_r: 8\n", "use_peft"),
         ("a: [1\n", "expected"),
     ],
 )
 def test_wrong_yaml_ends_with_one_readable_message(tmp_path, capsys, text, message):
     config = tmp_path / "run.yaml"
-    config.write_text(f"model_name_or_path: m\ndataset_name: d\nreward_funcs: [a]\noutput_dir: {tmp_path}\n" + text)
+    config.write_text(f"model_name_or_path: m\ndataset_name: d\nreward_funcs: [clip]\noutput_dir: {tmp_path}\n" + text)
     with pytest.raises(SystemExit) as exit_:
         main(["--config", str(config)])
     assert exit_.value.code == 2
@@ -94,11 +98,35 @@ def test_help_can_be_printed(capsys):
 
 
 def test_lora_arguments():
-    arguments = {"model_name_or_path": "m", "dataset_name": "d", "reward_funcs": ["a"]}
+    arguments = {"model_name_or_path": "m", "dataset_name": "d", "reward_funcs": ["clip"]}
     config = ScriptArguments(**arguments, lora_r=64, lora_target_modules=["to_q"]).peft_config()
     assert (config.r, config.lora_alpha, config.target_modules, config.task_type) == (64, 64, {"to_q"}, None)
     assert ScriptArguments(**arguments, lora_r=64, lora_alpha=128).peft_config().lora_alpha == 128
     assert ScriptArguments(**arguments, use_peft=False).peft_config() is False
+
+
+@pytest.mark.parametrize(
+    ("given", "changed"),
+    [
+        ({"lora_dropout": 0.1}, {"lora_dropout": 0.1}),
+        ({"lora_alpha": 8}, {"lora_alpha": 8}),
+        ({"lora_target_modules": ["to_q", "to_out.0"]}, {"target_modules": {"to_q", "to_out.0"}}),
+        ({"lora_target_modules": ["all-linear"]}, {"target_modules": "all-linear"}),
+        ({"lora_target_modules": [r".*\.to_[qk]"]}, {"target_modules": r".*\.to_[qk]"}),
+    ],
+)
+def test_lora_arguments_change_the_default(given, changed):
+    config = ScriptArguments(model_name_or_path="m", dataset_name="d", reward_funcs=["clip"], **given).peft_config()
+    default = {"r": 32, "lora_alpha": 64, "init_lora_weights": "gaussian", "lora_dropout": 0.0, "target_modules": None}
+    assert {name: getattr(config, name) for name in default} == {**default, **changed}
+
+
+def test_lora_target_modules_in_a_file(tmp_path):
+    config = tmp_path / "run.yaml"
+    for text, modules in (("all-linear", "all-linear"), ("to_q", {"to_q"}), ("[to_q, to_k]", {"to_q", "to_k"})):
+        config.write_text(f"lora_target_modules: {text}\noutput_dir: {tmp_path}\n")
+        script_args, _ = make_parser().parse_args_and_config(["--config", str(config), *REQUIRED])
+        assert script_args.peft_config().target_modules == modules
 
 
 PROMPTS = ["a fox", "ein Bär", 'a "quoted", comma']

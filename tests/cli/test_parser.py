@@ -23,7 +23,7 @@ from trl_diffusion.cli.training import ScriptArguments
 from trl_diffusion.trainer import ChunkGRPOConfig, SRPOConfig
 
 
-REQUIRED = ["--model_name_or_path", "m", "--dataset_name", "d", "--reward_funcs", "a"]
+REQUIRED = ["--model_name_or_path", "m", "--dataset_name", "d", "--reward_funcs", "clip"]
 COMMANDS = [(chunk_grpo, ChunkGRPOConfig), (srpo, SRPOConfig)]
 
 
@@ -125,11 +125,11 @@ def test_wrong_file(tmp_path, text, message):
 
 def test_numbers_and_words_that_yaml_reads_otherwise(tmp_path):
     # YAML 1.1: 1e-5 is a string and a bare no is false.
-    text = "learning_rate: 1e-5\neval_strategy: no\nreward_weights: [1e-1]\nwatch_reward_funcs: b\nlog_samples: off\n"
+    text = "learning_rate: 1e-5\neval_strategy: no\nreward_weights: [1e-1]\nwatch_reward_funcs: ocr:a.b\nlog_samples: off\n"
     script, config = parse(tmp_path, [], text)
     assert config.learning_rate == 1e-5 and config.eval_strategy == "no"
     assert config.reward_weights == [0.1] and config.log_samples is False
-    assert script.watch_reward_funcs == ["b"]
+    assert script.watch_reward_funcs == ["ocr:a.b"]
 
 
 def test_prompts_from_folders(tmp_path):

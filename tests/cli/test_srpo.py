@@ -19,7 +19,7 @@ from trl_diffusion.cli.main import main as trl_diffusion
 from trl_diffusion.cli.srpo import main, make_parser
 
 
-REQUIRED = ["--model_name_or_path", "m", "--dataset_name", "d", "--reward_funcs", "a"]
+REQUIRED = ["--model_name_or_path", "m", "--dataset_name", "d", "--reward_funcs", "clip"]
 
 
 def test_command_line_reaches_both_dataclasses(tmp_path):
@@ -27,7 +27,7 @@ def test_command_line_reaches_both_dataclasses(tmp_path):
         [*REQUIRED, "--sigma_range", "0.6", "0.9", "--branches", "denoise", "--positive_words", "sharp", "crisp",
          "--lora_r", "8", "--output_dir", str(tmp_path)]
     )  # fmt: skip
-    assert script_args.reward_funcs == ["a"] and script_args.peft_config().r == 8
+    assert script_args.reward_funcs == ["clip"] and script_args.peft_config().r == 8
     assert training_args.sigma_range == [0.6, 0.9] and training_args.branches == ["denoise"]
     assert training_args.positive_words == ["sharp", "crisp"] and "Painting" in training_args.negative_words
 
@@ -35,11 +35,11 @@ def test_command_line_reaches_both_dataclasses(tmp_path):
 def test_yaml_gives_words_for_each_reward(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(
-        "model_name_or_path: m\ndataset_name: d\nreward_funcs: [a, b]\npreference: interpolated\n"
-        f"positive_words: {{a: [Real], b: [Detail, Sharp]}}\nnegative_words: [Flat]\noutput_dir: {tmp_path}\n"
+        "model_name_or_path: m\ndataset_name: d\nreward_funcs: [clip, aesthetic]\npreference: interpolated\n"
+        f"positive_words: {{clip: [Real], aesthetic: [Detail, Sharp]}}\nnegative_words: [Flat]\noutput_dir: {tmp_path}\n"
     )
     _, training_args = make_parser().parse_args_and_config(["--config", str(config), "--num_landings", "2"])
-    assert training_args.positive_words == {"a": ["Real"], "b": ["Detail", "Sharp"]}
+    assert training_args.positive_words == {"clip": ["Real"], "aesthetic": ["Detail", "Sharp"]}
     assert (training_args.preference, training_args.num_landings) == ("interpolated", 2)
 
 
@@ -54,7 +54,7 @@ def test_yaml_gives_words_for_each_reward(tmp_path):
 )
 def test_wrong_yaml_ends_with_one_readable_message(tmp_path, capsys, text, message):
     config = tmp_path / "run.yaml"
-    config.write_text(f"model_name_or_path: m\ndataset_name: d\nreward_funcs: [a]\noutput_dir: {tmp_path}\n" + text)
+    config.write_text(f"model_name_or_path: m\ndataset_name: d\nreward_funcs: [clip]\noutput_dir: {tmp_path}\n" + text)
     with pytest.raises(SystemExit) as exit_:
         main(["--config", str(config)])
     assert exit_.value.code == 2

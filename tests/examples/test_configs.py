@@ -34,7 +34,7 @@ NOT_OF_THE_PRESET = {"srpo": {"gradient_accumulation_steps": 4}, "chunk_grpo": {
 
 
 def parse(path):
-    parser = make_parser(TRAINERS[path.parent.name], path.parent.name, "method")
+    parser = make_parser(TRAINERS[path.parent.name].config_class, path.parent.name, "method")
     return parser.parse_args_and_config(["--config", str(path)])
 
 

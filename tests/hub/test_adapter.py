@@ -21,6 +21,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from peft import EvaConfig, IA3Config, LoraConfig, LoraRuntimeConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from tiny_models import tiny_flux_pipeline, tiny_sd3_pipeline
 
 from trl_diffusion.hub import check_lora_config, save_adapter
 from trl_diffusion.hub.adapter import EXPORTABLE_FIELDS
@@ -128,6 +129,34 @@ def test_plain_pipeline_with_the_adapter_is_the_trained_model(tmp_path, config):
     wanted = output(trained)
     assert (wanted - output(base)).abs().max() > 3e-3  # the adapter does something
     torch.testing.assert_close(output(pipeline.transformer), wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("modules", ["all-linear", r".*(\.to_[qk]|ff\.net\.2)"])
+@pytest.mark.parametrize("make_pipeline", [tiny_flux_pipeline, tiny_sd3_pipeline])
+def test_all_linear_layers_and_regular_expressions(tmp_path, make_pipeline, modules):
+    pipeline, plain = make_pipeline(seed=0), make_pipeline(seed=0)
+    linear = {name for name, layer in plain.transformer.named_modules() if isinstance(layer, torch.nn.Linear)}
+    torch.manual_seed(1)
+    model = get_peft_model(pipeline.transformer, LoraConfig(r=2, target_modules=modules, init_lora_weights=False))
+    save_adapter(model, type(pipeline), tmp_path)
+
+    def adapted(transformer):
+        return {name for name, layer in transformer.named_modules() if isinstance(layer, LoraLayer)}
+
+    def latents(pipeline):
+        generator = torch.Generator().manual_seed(0)
+        settings = {"height": 32, "width": 32, "num_inference_steps": 2, "max_sequence_length": 16}
+        return pipeline("a fox", **settings, generator=generator, output_type="latent").images
+
+    base = latents(plain)
+    plain.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
+    assert adapted(plain.transformer) == adapted(pipeline.transformer)
+    assert (
+        adapted(pipeline.transformer) == linear if modules == "all-linear" else adapted(pipeline.transformer) < linear
+    )
+    wanted = latents(pipeline)
+    assert (wanted - base).abs().max() > 1e-3
+    torch.testing.assert_close(latents(plain), wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())

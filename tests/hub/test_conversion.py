@@ -143,7 +143,7 @@ def test_adapters_are_found(tmp_path):
         "empty": "but nothing",
         "full": r"pytorch_lora_weights\.safetensors, but transformer",
         "weights.bin": "no .safetensors file",
-        "missing": "no file and no folder here",
+        "missing": "There is no file or folder",
     }.items():
         with pytest.raises(ValueError, match=message):
             find_adapter(tmp_path / adapter)

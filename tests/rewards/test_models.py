@@ -90,7 +90,9 @@ def test_scores_are_float32_frozen_and_differentiable(name, folders, images):
     # Along the gradient the score rises by its length.
     middle = images * 0.8 + 0.1  # room for a step in either direction
     gradient = score_and_gradient(reward, middle)[1]
-    step = 3e-2 * gradient / gradient.norm()
+    # Preprocessing rounds to 8 bits, as the official code's does, so the score rises in steps, which a small step sees. That
+    # of HPSv3 is bent more than the others.
+    step = (0.03 if name == "hpsv3" else 0.1) * gradient / gradient.norm()
     with torch.no_grad():
         rise = reward.score(middle + step, PROMPTS).sum() - reward.score(middle - step, PROMPTS).sum()
     torch.testing.assert_close(rise, 2 * (gradient * step).sum(), rtol=0.05, atol=2e-6)

@@ -191,6 +191,28 @@ def test_arguments_before_weights(arguments, error, message, make_trainer, monke
         make_trainer(model="never/loaded", **arguments)
 
 
+@pytest.mark.parametrize(
+    ("args", "given"),
+    [
+        (lambda folder: SRPOConfig(output_dir=folder, use_cpu=True), "SRPOConfig"),
+        (lambda folder: TrainingArguments(output_dir=folder, use_cpu=True), "TrainingArguments"),
+        (lambda folder: {"output_dir": folder}, "dict"),
+        (lambda folder: ChunkGRPOConfig, "type"),
+    ],
+    ids=["other-trainer", "transformers", "dict", "class"],
+)
+def test_config_of_another_class(args, given, tmp_path):
+    dataset = Dataset.from_list([{"prompt": "a"}])
+    with pytest.raises(TypeError, match=f"must be a ChunkGRPOConfig for ChunkGRPOTrainer, got a {given}"):
+        ChunkGRPOTrainer("never/loaded", redness, args=args(str(tmp_path)), train_dataset=dataset)
+
+
+def test_predict_says_what_to_call(make_trainer):
+    trainer = make_trainer()
+    with pytest.raises(NotImplementedError, match=r"evaluate\(eval_dataset\).*trl-diffusion generate"):
+        trainer.predict(trainer.train_dataset)
+
+
 def test_output_dir_that_cannot_be_written(make_trainer, tmp_path):
     # A file where the folder should be: permissions would not stop a test that runs as root.
     (tmp_path / "file").write_text("")

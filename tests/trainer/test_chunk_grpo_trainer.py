@@ -24,7 +24,9 @@ import torch
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from huggingface_hub import ModelCard
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 from tiny_models import tiny_flux_pipeline
 from transformers.trainer_utils import get_last_checkpoint
@@ -219,15 +221,50 @@ class TestPolicy:
         trainer.train()
         for log in trainer.state.log_history[:-1]:
             assert log["ratio/mean"] == 1.0
+            assert log["log_ratio/abs_max"] == log["frac_off_policy"] == 0.0
             assert log["rollout_logp_gap"] < 1e-6
 
     def test_recomputed_ratio_is_exactly_one_before_the_first_update(self, make_trainer):
         trainer = make_trainer(steps_per_generation=4, num_generations=4, max_steps=4)
         trainer.train()
-        ratios = [log["ratio/mean"] for log in trainer.state.log_history if "ratio/mean" in log]
+        logs = trainer.state.log_history[:-1]
+        ratios = [log["ratio/mean"] for log in logs]
         # Two optimizer steps a generation: the first of each is on-policy, the second is not.
         assert ratios[0] == ratios[2] == 1.0
         assert ratios[1] != 1.0 and ratios[3] != 1.0
+        assert [log["frac_off_policy"] for log in logs] == [0.0, 1.0, 0.0, 1.0]
+        assert all((log["log_ratio/abs_max"] > 0) == (ratio != 1) for log, ratio in zip(logs, ratios, strict=True))
+        # Images are drawn in the steps that begin a generation.
+        assert [log.get("duplicate_images") for log in logs] == [0.0, None, 0.0, None]
+
+    @pytest.mark.parametrize("gradient", ["joint", "streamed"])
+    def test_metrics_of_known_ratios(self, make_trainer, gradient):
+        """Of old log-probabilities that lie by known amounts below or above, over two micro-batches and two chunks."""
+        trainer = make_trainer(chunk_gradient=gradient, chunk_fraction=1.0, epsilon=1e-3)
+        log_ratios = []
+        for batch in generation(trainer):
+            batch.old_log_probs = batch.rollout_log_probs.clone()
+            for chunk in batch.chunks:
+                above = 2e-3 * torch.randint(-2, 3, (4, 1)).float() * torch.ones(len(chunk))
+                batch.old_log_probs[:, chunk] = trainer._log_probs(trainer.model, batch, chunk) - above
+                log_ratios.append(above[:, 0])
+            for term in trainer.loss_terms(trainer.model, batch):
+                term()
+        log_ratios = torch.stack(log_ratios)
+        metrics = trainer._take_metrics()
+        assert 0 < (log_ratios == 0).float().mean() < 1
+        assert metrics["log_ratio/abs_max"] == pytest.approx(log_ratios.abs().max().item(), rel=1e-3)
+        assert metrics["ratio/mean"] == pytest.approx(log_ratios.exp().mean().item(), rel=1e-6)
+        # Rounding makes ratios of 1 up to some 1e-8 others.
+        assert metrics["frac_off_policy"] >= (log_ratios != 0).float().mean().item()
+        assert "log_ratio/abs_max" not in trainer._take_metrics()
+
+    def test_images_that_are_equal_are_counted(self, make_trainer):
+        """Groups of four that are drawn from one noise, almost without more: in 8 bits the same picture."""
+        trainer = make_trainer(eta=1e-6, max_steps=1)
+        trainer.train()
+        assert trainer.state.log_history[0]["duplicate_images"] == 1.0
+        assert trainer.state.log_history[0]["frac_reward_zero_std"] == 1.0
 
     @pytest.mark.parametrize("sde_type", ["flow", "dance", "cps"])
     def test_log_probs_of_the_rollout_in_float64(self, make_trainer, sde_type):
@@ -436,6 +473,10 @@ class TestAdapter:
         trainer = make_trainer(peft_config=lora, sigma_shift=None, max_steps=3)
         trainer.train()
         trainer.save_model()
+        # What the adapter adds to the weights, made whole here.
+        layers = [layer for layer in trainer.model.modules() if isinstance(layer, LoraLayer)]
+        updates = torch.cat([layer.get_delta_weight("default").flatten() for layer in layers])
+        assert trainer.state.log_history[-2]["adapter_norm"] == pytest.approx(updates.norm().item(), rel=1e-5)
         generator = torch.Generator().manual_seed(7)
         expected = trainer.generate(["a cat"], [7])
 
@@ -455,6 +496,26 @@ class TestAdapter:
         trainer.save_model()
         config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] is None  # a local path is nobody's business
+
+    def test_saved_with_its_card(self, make_trainer, tmp_path, caplog):
+        """Saving does not ask the Hub for the licence of the base model, which would say here that it is offline."""
+        trainer = make_trainer(max_steps=1, num_samples_to_log=1, save_strategy="steps", save_steps=1)
+        trainer.model_name = "alice/base"
+        trainer.train()
+        home, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+        assert not list(home.rglob("README.md"))  # checkpoints have none
+        trainer.save_model()
+        card = ModelCard.load(home / "README.md")
+        assert card.data.base_model == "alice/base" and card.data.license is None
+        assert [(home / example["output"]["url"]).is_file() for example in card.data.widget] == [True]
+        trainer.save_model(str(elsewhere))
+        assert (elsewhere / "pytorch_lora_weights.safetensors").is_file()
+        assert "widget" not in ModelCard.load(elsewhere / "README.md").data  # there are no pictures
+        assert "licence" not in caplog.text
+        trainer.create_model_card(dataset_name="alice/prompts", license={"license": "mit"}, tags="red")
+        trainer.save_model()
+        card = ModelCard.load(home / "README.md")
+        assert card.data.license == "mit" and card.data.datasets == ["alice/prompts"] and "red" in card.data.tags
 
     def test_hybrid_sampling_lies_between(self, make_trainer):
         trainer = make_trainer()

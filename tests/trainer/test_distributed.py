@@ -71,7 +71,10 @@ def test_ddp_equals_one_process(tmp_path, settings):
     for name, weight in one.items():
         assert (weight - two[name]).abs().max() < 1e-5, name
     for a, b in zip(log_one[:-1], log_two[:-1], strict=True):
-        for name in ("reward", "reward_std", "grad_norm", "ratio/mean"):
+        for name in (
+            "reward", "reward_std", "duplicate_images", "grad_norm", "adapter_norm", "ratio/mean", "log_ratio/abs_max",
+            "frac_off_policy", "clip_ratio/low_mean", "clip_ratio/high_mean", "kl",
+        ):  # fmt: skip
             # Rewards are logged by the optimizer step that begins a generation.
             assert (name in a) == (name in b)
             assert name not in a or a[name] == pytest.approx(b[name], rel=1e-3), name

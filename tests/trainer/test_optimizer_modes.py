@@ -30,6 +30,8 @@ SETTINGS = {"ema_decay": None, "max_steps": 3, "save_total_limit": None, "lr_sch
 
 
 def run(kind, folder, optim, **settings):
+    if optim.endswith("sgd"):
+        settings["learning_rate"] = 1000  # gradients are about 1e-5
     trainer = make_trainer(kind, folder, **{**SETTINGS, "optim": optim, **settings})
     trainer.train(resume_from_checkpoint=(folder / "checkpoint-2").is_dir())
     return trainer
@@ -41,10 +43,7 @@ def assert_equal(one, two):
         assert torch.equal(weight, two[name]), name
 
 
-@pytest.mark.parametrize(
-    ("kind", "optim"),
-    [("chunk_grpo", "schedule_free_adamw"), ("srpo", "schedule_free_sgd"), ("srpo", "schedule_free_radam")],
-)
+@pytest.mark.parametrize(("kind", "optim"), [("chunk_grpo", "schedule_free_adamw"), ("srpo", "schedule_free_sgd")])
 def test_modes(tmp_path, kind, optim):
     whole = run(kind, tmp_path / "whole", optim)
     train = trainable(whole)

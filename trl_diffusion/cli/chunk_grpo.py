@@ -25,17 +25,23 @@ accelerate launch -m trl_diffusion.cli chunk_grpo --config run.yaml
 
 from collections.abc import Sequence
 
-from trl import TrlParser
-
-from ..trainer import ChunkGRPOTrainer
+from ..trainer import ChunkGRPOConfig
 from . import launch, training
+from .parser import CommandParser
 
 
-def make_parser() -> TrlParser:
-    return training.make_parser(ChunkGRPOTrainer, "chunk_grpo", "Chunk-GRPO")
+def make_parser() -> CommandParser:
+    return training.make_parser(ChunkGRPOConfig, "chunk_grpo", "Chunk-GRPO")
 
 
 def main(arguments: Sequence[str]) -> int:
-    if launch.launch("chunk_grpo", make_parser(), arguments):
-        return 0
-    return training.run(ChunkGRPOTrainer, make_parser(), arguments)
+    parser = make_parser()
+    status = launch.launch("chunk_grpo", make_parser(), arguments)
+    if status is not None:
+        return status
+    with parser.user_errors() as set_up:
+        script_args, training_args = parser.parse_args_and_config(arguments)
+
+        from ..trainer import ChunkGRPOTrainer
+
+        return training.run(ChunkGRPOTrainer, script_args, training_args, set_up)

@@ -30,6 +30,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..paths import check_output_folder
+from .errors import OneLineErrors
+
 
 if TYPE_CHECKING:
     import torch
@@ -448,7 +451,7 @@ def positive_float(text: str) -> float:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = OneLineErrors(
         prog="trl-diffusion demo",
         description="Align a small built-in FLUX on this machine, without a download, and show what changed.",
     )
@@ -485,6 +488,8 @@ def main(arguments: Sequence[str]) -> int:
     else:
         demo = ChunkGRPODemo()
     output_dir = parsed.output_dir or f"demo-{parsed.trainer.replace('_', '-')}"
+    with parser.user_errors():
+        check_output_folder(output_dir)
     results = run(demo, output_dir, parsed.seed, parsed.max_steps, parsed.num_eval_images, parsed.learning_rate)
     print(f"\nHeld-out prompts, {parsed.num_eval_images} images each, mean and 95 % confidence interval:\n")
     print(format_table(results, demo.notes))

@@ -14,12 +14,13 @@
 
 """`trl-diffusion env`: versions and devices."""
 
-import argparse
 import json
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from .errors import OneLineErrors
 
 
 PACKAGES = (
@@ -40,7 +41,7 @@ PACKAGES = (
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="trl-diffusion env", description="Print versions and devices.")
+    parser = OneLineErrors(prog="trl-diffusion env", description="Print versions and devices.")
     parser.parse_args(arguments)
 
     import torch

@@ -16,10 +16,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-import yaml
-
-from ..hub.conversion import export_comfyui
+from ..paths import check_output_folder
 from .parser import CommandParser
 
 
@@ -45,6 +44,11 @@ class ExportArguments:
     output: str = field(metadata={"help": "The .safetensors file to write."})
     format: str = field(default="comfyui", metadata={"help": "The program that will read it.", "choices": ["comfyui"]})
 
+    def __post_init__(self):
+        if Path(self.output).is_dir():
+            raise ValueError(f"output is {self.output!r}, which is a folder. Give the .safetensors file to write.")
+        check_output_folder(Path(self.output).parent, "The folder of output")
+
 
 def main(arguments: Sequence[str]) -> int:
     parser = CommandParser(
@@ -53,10 +57,11 @@ def main(arguments: Sequence[str]) -> int:
         usage="trl-diffusion export --adapter ADAPTER --output FILE.safetensors [--format comfyui]",
         description="Write an adapter for another program.",
     )
-    try:
+    with parser.user_errors():
         (args,) = parser.parse_args_and_config(arguments)
+
+        from ..hub.conversion import export_comfyui
+
         export_comfyui(args.adapter, args.output)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        parser.error(str(error))
     print(f"Wrote {args.output}. Put it into ComfyUI/models/loras.")
     return 0

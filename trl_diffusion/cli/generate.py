@@ -24,12 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-from diffusers.utils import make_image_grid
-from tqdm.auto import tqdm
-
-from ..data.prompts import check_prompts
-from ..rewards import to_pil
+from ..paths import check_output_folder
 from .parser import CommandParser
 from .sampling import SamplingArguments, save_image, write_metadata
 
@@ -69,6 +64,7 @@ class GenerateArguments(SamplingArguments):
         super().__post_init__()
         if (self.prompt is None) == (self.prompts is None):
             raise ValueError("Give either --prompt TEXT or --prompts FILE_OR_DATASET.")
+        check_output_folder(self.output_dir)
         if self.adapter is None and self.adapter_fraction != 1:
             raise ValueError(f"adapter_fraction={self.adapter_fraction} needs an --adapter to switch off.")
 
@@ -81,19 +77,25 @@ def main(arguments: Sequence[str]) -> int:
         "[--output_dir FOLDER] [options]",
         description="Draw images with a base model, an adapter, or a hybrid of both.",
     )
-    try:
+    with parser.user_errors():
         (args,) = parser.parse_args_and_config(arguments)
+
+        from diffusers.utils import make_image_grid
+        from tqdm.auto import tqdm
+
+        from ..data.prompts import check_prompts
+        from ..hub.conversion import find_adapter
+        from ..rewards import to_pil
+
         prompts = args.prompt
         if prompts is None:
             dataset = args.load_prompts(args.prompts)
             check_prompts(dataset, "prompts")
             prompts = dataset["prompt"][:]
-        adapters = {} if args.adapter is None else {"adapter": args.adapter}
+        adapters = {} if args.adapter is None else {"adapter": str(find_adapter(args.adapter))}
         generator = args.make_generator(adapters, prompts)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        parser.error(str(error))
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
     prompts = [prompt for prompt in prompts for _ in range(args.num_images_per_prompt)]
     seeds = [args.seed + index for index in range(len(prompts))]
     images, records = [], []

@@ -14,13 +14,13 @@
 
 """`--accelerate_config`: a training command on several processes, as TRL's command line does it."""
 
-import argparse
+import subprocess
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from accelerate.commands.launch import launch_command, launch_command_parser
-from trl import TrlParser
+from .errors import USER_ERROR_STATUS, OneLineErrors
+from .parser import CommandParser, check_yaml
 
 
 def config_path(name: str) -> Path:
@@ -45,7 +45,7 @@ def config_path(name: str) -> Path:
     return names[name]
 
 
-def launch(command: str, parser: TrlParser, arguments: Sequence[str]) -> bool:
+def launch(command: str, parser: CommandParser, arguments: Sequence[str]) -> int | None:
     """
     Start a training command with `accelerate launch`, if its arguments say so.
 
@@ -54,24 +54,24 @@ def launch(command: str, parser: TrlParser, arguments: Sequence[str]) -> bool:
     Args:
         command (`str`):
             "chunk_grpo" or "srpo".
-        parser ([`~trl.TrlParser`]):
+        parser ([`CommandParser`]):
             Parser of the training's arguments.
         arguments (`Sequence[str]`):
             Arguments of the command.
 
     Returns:
-        `bool`: `False` if there is no `--accelerate_config`, and nothing was started.
+        `int`: exit status; `None` if there is no `--accelerate_config`, and nothing was started.
     """
-    outer = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    outer = OneLineErrors(prog=parser.prog, add_help=False, allow_abbrev=False)
     outer.add_argument("--accelerate_config")
     outer.add_argument("--config")
     ours, rest = outer.parse_known_args(arguments)
     if ours.accelerate_config is None or "--help" in rest or "-h" in rest:
-        return False
-    try:
+        return None
+    with parser.user_errors():
         config_file = config_path(ours.accelerate_config)
-    except ValueError as error:
-        parser.error(str(error))
+        if ours.config is not None:
+            check_yaml(ours.config)
     # What is required may stand in the file; the processes check that.
     for action in parser._actions:
         action.required = False
@@ -79,12 +79,36 @@ def launch(command: str, parser: TrlParser, arguments: Sequence[str]) -> bool:
     training = _without(rest, for_accelerate)
     if ours.config is not None:
         training = ["--config", ours.config, *training]
-    launch_command(
-        launch_command_parser().parse_args(
-            ["--config_file", str(config_file), *for_accelerate, "--module", "trl_diffusion.cli", command, *training]
+
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    launch_parser = launch_command_parser()
+    launch_parser.error = parser.error
+    try:
+        launch_command(
+            launch_parser.parse_args(
+                [
+                    "--config_file",
+                    str(config_file),
+                    *for_accelerate,
+                    "--module",
+                    "trl_diffusion.cli",
+                    command,
+                    *training,
+                ]
+            )
         )
-    )
-    return True
+    except ChildFailedError as error:  # of several processes
+        status = error.get_first_failure()[1].exitcode
+        if status != USER_ERROR_STATUS:
+            raise
+        return status  # the processes have told why
+    except subprocess.CalledProcessError as error:  # of one
+        if error.returncode != USER_ERROR_STATUS:
+            raise
+        return error.returncode
+    return 0
 
 
 def _without(items: list[str], subsequence: list[str]) -> list[str]:

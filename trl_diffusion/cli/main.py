@@ -20,9 +20,13 @@ import os
 import sys
 from collections.abc import Sequence
 
+from .errors import OneLineErrors
+from .startup import quick_imports
 
-# Command -> what it does. Each is a module of this package with `main(arguments) -> exit status`; it is imported only
-# when it is called, because the libraries behind it take seconds to load.
+
+# Command -> what it does. Each is a module of this package with `main(arguments) -> exit status`, imported when it is
+# called. Its imports are what its options and their checks need; `main` loads the libraries behind it, which takes
+# seconds, once the options are right.
 COMMANDS = {
     "chunk_grpo": "train a text-to-image model with Chunk-GRPO",
     "demo": "align a small built-in FLUX on this machine and show what changed",
@@ -48,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         `int`: exit status, 0 for success.
     """
     width = max(map(len, COMMANDS))
-    parser = argparse.ArgumentParser(
+    parser = OneLineErrors(
         prog="trl-diffusion",
         usage="trl-diffusion {" + ",".join(COMMANDS) + "} ...",
         description="Reinforcement learning for flow-matching text-to-image models.",
@@ -64,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Rewards may be of a module in the current folder, which `python -m` looks into and an installed script does not.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    command = importlib.import_module(f".{parsed.command.replace('-', '_')}", __package__)
+    with quick_imports():
+        command = importlib.import_module(f".{parsed.command.replace('-', '_')}", __package__)
     return command.main(parsed.arguments)
 
 

@@ -17,16 +17,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-import yaml
-from diffusers import DiffusionPipeline
-
-from .. import shapes
-from ..hub.conversion import find_adapter, merge_adapter
+from ..paths import check_exists, check_output_folder
 from .parser import CommandParser
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")  # names of torch's
 
 
 @dataclass
@@ -60,6 +55,9 @@ class MergeArguments:
         metadata={"help": "Dtype in which the weights are loaded, merged and saved.", "choices": list(DTYPES)},
     )
 
+    def __post_init__(self):
+        check_output_folder(self.output_dir)
+
 
 def main(arguments: Sequence[str]) -> int:
     parser = CommandParser(
@@ -68,14 +66,20 @@ def main(arguments: Sequence[str]) -> int:
         usage="trl-diffusion merge --model_name_or_path MODEL --adapter ADAPTER --output_dir FOLDER [options]",
         description="Fold an adapter into its base model and save the whole pipeline.",
     )
-    try:
+    with parser.user_errors():
         (args,) = parser.parse_args_and_config(arguments)
+
+        import torch
+        from diffusers import DiffusionPipeline
+
+        from .. import shapes
+        from ..hub.conversion import find_adapter, merge_adapter
+
         adapter = find_adapter(args.adapter)  # before the model is loaded
         model = shapes.pipeline_path() if args.model_name_or_path == "shapes" else args.model_name_or_path
-        pipeline = DiffusionPipeline.from_pretrained(model, torch_dtype=DTYPES[args.dtype])
+        check_exists(model)
+        pipeline = DiffusionPipeline.from_pretrained(model, torch_dtype=getattr(torch, args.dtype))
         merge_adapter(pipeline, adapter, args.scale)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        parser.error(str(error))
     pipeline.save_pretrained(args.output_dir)
     print(f"Load it with DiffusionPipeline.from_pretrained({args.output_dir!r}).")
     return 0

@@ -21,7 +21,11 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import yaml
 from trl import TrlParser
+
+from ..paths import nearest
+from .errors import OneLineErrors
 
 
 # In a docstring of transformers' form, after `inspect.cleandoc`: the heading of a group, and an argument.
@@ -29,7 +33,7 @@ _HEADING = re.compile(r"    > (?!\[)(.+)")
 _ARGUMENT = re.compile(r"    (\w+) ?\(")
 
 
-class CommandParser(TrlParser):
+class CommandParser(OneLineErrors, TrlParser):
     """
     TRL's parser of dataclasses, for a command line and a YAML file with the same names; the command line wins.
 
@@ -57,11 +61,11 @@ class CommandParser(TrlParser):
         As [`~trl.TrlParser.parse_args_and_config`].
 
         Raises:
-            `ValueError`: unknown names, values of a wrong type, or an unknown preset. `OSError` or `yaml.YAMLError`:
-            the file cannot be read.
+            `ValueError`: unknown names, values of a wrong type, an unknown preset, or a file that is not there or is no
+            YAML. `OSError`: the file cannot be read.
         """
         # These two say where the others' values come from.
-        sources = argparse.ArgumentParser(prog=self.prog, usage=self.usage, add_help=False, allow_abbrev=False)
+        sources = OneLineErrors(prog=self.prog, add_help=False, allow_abbrev=False)
         sources.add_argument("--config")
         sources.add_argument("--preset")
         known, rest = sources.parse_known_args(args)
@@ -75,6 +79,7 @@ class CommandParser(TrlParser):
         if self._preset is not None:
             self._apply_preset(self._preset)
         if known.config is not None:
+            check_yaml(known.config)
             rest = ["--config", known.config, *rest]
         return super().parse_args_and_config(rest, **kwargs)
 
@@ -114,6 +119,17 @@ class CommandParser(TrlParser):
         names = [*dict.fromkeys(action.dest for action in self._actions), "config"]
         near = difflib.get_close_matches(name.replace("-", "_"), names, n=1)
         return f" Did you mean {prefix}{near[0]}?" if near else " '--help' lists all of them."
+
+
+def check_yaml(path: str) -> None:
+    """Raises `ValueError` if a file is not there or is no YAML."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            yaml.safe_load(file)
+    except FileNotFoundError as error:
+        raise ValueError(f"There is no configuration file {path!r}.{nearest(path)}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"The configuration file {path!r} is not YAML in UTF-8: {error}") from error
 
 
 def _headings_of(dataclass_type: type) -> dict[str, str]:

@@ -31,6 +31,7 @@ from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
 from .. import shapes
+from ..paths import check_exists, not_found
 
 
 TEXT_ENDINGS = (".csv", ".json", ".jsonl", ".txt")
@@ -128,12 +129,14 @@ def _load(name: str, split: str, config: str | None, streaming: bool, prompt_col
             if split not in dataset:
                 raise ValueError(f"{name!r} has no split {split!r}, only {list(dataset)}.")
             dataset = dataset[split]
-    elif not path.is_dir() and (
-        _ending(path) in FILE_ENDINGS or name.startswith((".", "/", "~")) or len(path.parts) > 2
-    ):
-        raise FileNotFoundError(f"There is no file or folder {name!r}.")
     else:
-        dataset = load_dataset(name, config, split=split, streaming=streaming)
+        check_exists(name, FILE_ENDINGS)
+        try:
+            dataset = load_dataset(name, config, split=split, streaming=streaming)
+        except (ConnectionError, FileNotFoundError) as error:
+            if path.exists():
+                raise
+            raise ValueError(not_found(name, error)) from error
         if dataset.column_names == ["text"]:
             # Lines of text files.
             dataset = dataset.map(lambda row: {"text": row["text"].removeprefix("\ufeff").strip()})

@@ -21,7 +21,6 @@ trl-diffusion chunk_grpo --reward_funcs remote:http://127.0.0.1:8000 ...
 ```
 """
 
-import argparse
 import base64
 import binascii
 import hmac
@@ -41,6 +40,7 @@ from torch import nn
 from ..rewards import Reward, check_reward, load_reward, reward_name, score_pictures
 from ..rewards.base import RewardOutOfMemoryError
 from ..rewards.remote import TOKEN_VARIABLE
+from .errors import OneLineErrors
 
 
 logger = logging.getLogger(__name__)
@@ -170,8 +170,8 @@ def create_app(
     )
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def make_parser() -> OneLineErrors:
+    parser = OneLineErrors(
         prog="trl-diffusion reward-server",
         description="Serve a reward over HTTP; training runs use it as --reward_funcs remote:http://HOST:PORT.",
         allow_abbrev=False,
@@ -212,13 +212,11 @@ def main(arguments: Sequence[str]) -> int:
         "dtype": DTYPES.get(parsed.dtype),
         "reward_batch_size": parsed.reward_batch_size,
     }
-    try:
+    with parser.user_errors():
         check_reward(parsed.reward)
         # Before the weights load: a port that is taken should not cost minutes.
         listener = socket.create_server((parsed.host, parsed.port), family=_family(parsed.host))
         reward = load_reward(parsed.reward, **{name: value for name, value in options.items() if value is not None})
-    except (OSError, TypeError, ValueError) as error:
-        parser.error(str(error))
     if isinstance(reward, nn.Module):
         reward.to(parsed.device)
     app = create_app(reward, parsed.token, parsed.device, parsed.max_request_mb * 2**20)

@@ -19,17 +19,18 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from datasets import Dataset
-from PIL import Image
-
-from ..evaluation import ImageGenerator
-from .prompts import load_prompts
+from typing import TYPE_CHECKING, Any
 
 
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from PIL import Image
+
+    from ..evaluation import ImageGenerator
+
+
+# Names of torch's, besides "auto".
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(kw_only=True)
@@ -123,14 +124,20 @@ class SamplingArguments:
         if not 0 <= self.adapter_fraction <= 1:
             raise ValueError(f"adapter_fraction must lie in [0, 1], got {self.adapter_fraction}.")
 
-    def load_prompts(self, name: str) -> Dataset:
+    def load_prompts(self, name: str) -> "Dataset":
         """The prompts of the dataset `name`."""
+        from .prompts import load_prompts
+
         return load_prompts(
             name, self.prompts_split, self.prompts_config, self.streaming, self.max_prompts, self.prompt_column
         )
 
-    def make_generator(self, adapters: dict[str, str], prompts: Sequence[str]) -> ImageGenerator:
+    def make_generator(self, adapters: dict[str, str], prompts: Sequence[str]) -> "ImageGenerator":
         """Load the model and its adapters."""
+        import torch
+
+        from ..evaluation import ImageGenerator
+
         return ImageGenerator(
             self.model_name_or_path,
             adapters,
@@ -140,11 +147,11 @@ class SamplingArguments:
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
             sigma_shift=self.sigma_shift,
-            torch_dtype=DTYPES[self.dtype],
+            torch_dtype=None if self.dtype == "auto" else getattr(torch, self.dtype),
         )
 
 
-def save_image(image: Image.Image, path: Path) -> None:
+def save_image(image: "Image.Image", path: Path) -> None:
     """Write a PNG that appears whole or not at all."""
     partial = path.with_suffix(".part")
     image.save(partial, "PNG")

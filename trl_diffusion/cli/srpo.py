@@ -26,17 +26,23 @@ accelerate launch -m trl_diffusion.cli srpo --config run.yaml
 
 from collections.abc import Sequence
 
-from trl import TrlParser
-
-from ..trainer import SRPOTrainer
+from ..trainer import SRPOConfig
 from . import launch, training
+from .parser import CommandParser
 
 
-def make_parser() -> TrlParser:
-    return training.make_parser(SRPOTrainer, "srpo", "SRPO")
+def make_parser() -> CommandParser:
+    return training.make_parser(SRPOConfig, "srpo", "SRPO")
 
 
 def main(arguments: Sequence[str]) -> int:
-    if launch.launch("srpo", make_parser(), arguments):
-        return 0
-    return training.run(SRPOTrainer, make_parser(), arguments)
+    parser = make_parser()
+    status = launch.launch("srpo", make_parser(), arguments)
+    if status is not None:
+        return status
+    with parser.user_errors() as set_up:
+        script_args, training_args = parser.parse_args_and_config(arguments)
+
+        from ..trainer import SRPOTrainer
+
+        return training.run(SRPOTrainer, script_args, training_args, set_up)

@@ -14,16 +14,27 @@
 
 """What the training commands share: their arguments, their prompts, and the way from these to a trained model."""
 
-from collections.abc import Sequence
+import re
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import yaml
-from datasets import Dataset
-from peft import LoraConfig
+from transformers import TrainerCallback
 
-from ..trainer import DiffusionTrainer
+from ..rewards import check_reward
+from ..trainer import DiffusionConfig
+from .errors import SetUp
 from .parser import CommandParser
-from .prompts import load_prompts
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    from ..trainer import DiffusionTrainer
+
+
+# The end of a module's name; anything else in `lora_target_modules` is a regular expression or "all-linear".
+_MODULE_NAME = re.compile(r"[\w.]+")
 
 
 @dataclass
@@ -65,13 +76,14 @@ class ScriptArguments:
         use_peft (`bool`, *optional*, defaults to `True`):
             Train a LoRA; `False` trains all weights of the transformer.
         lora_r (`int`, *optional*):
-            Rank of the LoRA. `None` takes the trainer's default.
+            Rank of the LoRA. `None` takes the trainer's default LoRA, changed by what else is given here.
         lora_alpha (`int`, *optional*):
             Alpha of the LoRA. `None` takes `lora_r`.
         lora_dropout (`float`, *optional*, defaults to `0.0`):
             Dropout of the LoRA.
         lora_target_modules (`list[str]`, *optional*):
-            Modules to adapt. `None` takes the attention layers of the model's family.
+            Modules to adapt: ends of their names, one regular expression that matches whole names, or `"all-linear"`.
+            `None` takes the attention layers of the model's family.
     """
 
     model_name_or_path: str = field(
@@ -116,46 +128,82 @@ class ScriptArguments:
     use_peft: bool = field(
         default=True, metadata={"help": "Train a LoRA; False trains all weights of the transformer."}
     )
-    lora_r: int | None = field(default=None, metadata={"help": "Rank of the LoRA. None takes the trainer's default."})
+    lora_r: int | None = field(
+        default=None,
+        metadata={"help": "Rank of the LoRA. None takes the trainer's LoRA, changed by what else is given."},
+    )
     lora_alpha: int | None = field(default=None, metadata={"help": "Alpha of the LoRA. None takes lora_r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the LoRA."})
     lora_target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Modules to adapt. None takes the attention layers of the model's family."},
+        metadata={
+            "help": "Modules to adapt: ends of their names, one regular expression for whole names, or 'all-linear'. None "
+            "takes the attention layers of the model's family."
+        },
     )
 
     def __post_init__(self):
         for name in ("reward_funcs", "watch_reward_funcs"):
             if isinstance(getattr(self, name), dict):  # one mapping in a YAML file
                 setattr(self, name, [getattr(self, name)])
-        lora = {name: getattr(self, name) for name in ("lora_r", "lora_alpha", "lora_target_modules")}
-        given = [name for name, value in lora.items() if value is not None]
+        for reward in [*self.reward_funcs, *(self.watch_reward_funcs or ())]:
+            check_reward(reward)
+        given = [name for name in ("lora_r", "lora_alpha", "lora_target_modules") if getattr(self, name) is not None]
+        given += ["lora_dropout"] if self.lora_dropout else []
         if not self.use_peft and given:
-            raise ValueError(f"use_peft is False, but {given} were given. Remove them, or use_peft.")
-        if self.use_peft and given and self.lora_r is None:
-            raise ValueError(f"{given} were given without lora_r. Give the rank as well, e.g. --lora_r 64.")
+            raise ValueError(f"use_peft is False, but {', '.join(given)} were given. Remove them, or use_peft.")
+        for name in ("lora_r", "lora_alpha"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout}.")
+        patterns = [name for name in self.lora_target_modules or () if not _MODULE_NAME.fullmatch(name)]
+        if patterns and len(self.lora_target_modules) > 1:
+            raise ValueError(
+                f"lora_target_modules takes names, or one regular expression or 'all-linear' alone, got {patterns[0]!r} "
+                f"among {len(self.lora_target_modules)}. Join regular expressions with |."
+            )
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"lora_target_modules is {pattern!r}, which is no regular expression: {error}."
+                ) from error
 
-    def peft_config(self) -> LoraConfig | bool | None:
+    def peft_config(self) -> "LoraConfig | bool | None":
         """What to pass as the trainer's `peft_config`."""
         if not self.use_peft:
             return False
-        if self.lora_r is None:
+        if (
+            self.lora_r is None
+            and self.lora_alpha is None
+            and self.lora_target_modules is None
+            and not self.lora_dropout
+        ):
             return None
-        return LoraConfig(
-            r=self.lora_r,
-            lora_alpha=self.lora_r if self.lora_alpha is None else self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            target_modules=self.lora_target_modules,
-        )
+
+        from peft import LoraConfig
+
+        from ..trainer.base_trainer import DEFAULT_LORA
+
+        lora = DEFAULT_LORA if self.lora_r is None else {"r": self.lora_r, "lora_alpha": self.lora_r}
+        if self.lora_alpha is not None:
+            lora = {**lora, "lora_alpha": self.lora_alpha}
+        modules = self.lora_target_modules
+        if modules is not None and not _MODULE_NAME.fullmatch(modules[0]):
+            modules = modules[0]  # as PEFT takes it
+        return LoraConfig(**lora, lora_dropout=self.lora_dropout, target_modules=modules)
 
 
-def make_parser(trainer_class: type[DiffusionTrainer], command: str, method: str) -> CommandParser:
+def make_parser(config_class: type[DiffusionConfig], command: str, method: str) -> CommandParser:
     """The parser of a training command: every field of the script's arguments and of the trainer's configuration."""
     return CommandParser(
-        (ScriptArguments, trainer_class.config_class),
+        (ScriptArguments, config_class),
         presets={
-            name: {**settings, "reward_funcs": trainer_class.config_class.PRESET_REWARDS[name]}
-            for name, settings in trainer_class.config_class.PRESETS.items()
+            name: {**settings, "reward_funcs": config_class.PRESET_REWARDS[name]}
+            for name, settings in config_class.PRESETS.items()
         },
         prog=f"trl-diffusion {command}",
         usage=f"trl-diffusion {command} [--config FILE.yaml] [--accelerate_config NAME_OR_FILE] --model_name_or_path MODEL --dataset_name PROMPTS "
@@ -163,23 +211,31 @@ def make_parser(trainer_class: type[DiffusionTrainer], command: str, method: str
         description=f"Train a flow-matching text-to-image model with {method}. Every option can also stand in the "
         "YAML file; the command line wins. --accelerate_config multi_gpu, zero1, zero2, zero3, fsdp2 or a file of "
         "`accelerate config` trains on several processes, with options of `accelerate launch` as --num_processes 4.",
-        epilog="Presets: " + ", ".join(sorted(trainer_class.config_class.PRESETS)) + ".",
+        epilog="Presets: " + ", ".join(sorted(config_class.PRESETS)) + ".",
     )
 
 
-def run(trainer_class: type[DiffusionTrainer], parser: CommandParser, arguments: Sequence[str]) -> int:
+def run(
+    trainer_class: type["DiffusionTrainer"],
+    script_args: ScriptArguments,
+    training_args: DiffusionConfig,
+    set_up: SetUp,
+) -> int:
     """
     Train as the command line says, and save the model.
 
-    Returns:
-        `int`: exit status. Wrong arguments end the process with status 2 and a message.
-    """
-    try:
-        script_args, training_args = parser.parse_args_and_config(arguments)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        parser.error(str(error))
+    Args:
+        trainer_class (`type`): the method.
+        script_args ([`ScriptArguments`]): what to train on what.
+        training_args ([`DiffusionConfig`]): settings of the method.
+        set_up ([`SetUp`]): over when the first step begins.
 
-    def prompts(split: str) -> Dataset:
+    Returns:
+        `int`: exit status.
+    """
+    from .prompts import load_prompts
+
+    def prompts(split: str) -> "Dataset":
         return load_prompts(
             script_args.dataset_name,
             split,
@@ -198,6 +254,7 @@ def run(trainer_class: type[DiffusionTrainer], parser: CommandParser, arguments:
         args=training_args,
         train_dataset=prompts(script_args.dataset_train_split),
         eval_dataset=eval_dataset,
+        callbacks=[_EndOfSetUp(set_up)],
         peft_config=script_args.peft_config(),
         watch_reward_funcs=script_args.watch_reward_funcs,
     )
@@ -208,3 +265,11 @@ def run(trainer_class: type[DiffusionTrainer], parser: CommandParser, arguments:
         trainer.save_model(training_args.output_dir)
         trainer.create_model_card(dataset_name=script_args.dataset_name)
     return 0
+
+
+class _EndOfSetUp(TrainerCallback):
+    def __init__(self, set_up: SetUp):
+        self.set_up = set_up
+
+    def on_train_begin(self, *args, **kwargs) -> None:
+        self.set_up.over = True

@@ -33,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ..paths import check_exists, not_found
 from .adapter import DIFFUSERS_WEIGHTS_NAME, PEFT_WEIGHTS_NAME
 
 
@@ -101,12 +102,11 @@ def _locate(adapter: str | os.PathLike) -> Path:
                 f"{remedy}"
             )
         return file
+    check_exists(adapter, (".safetensors",))
     try:
         return Path(hf_hub_download(str(adapter), DIFFUSERS_WEIGHTS_NAME))
     except (HFValidationError, OSError) as error:
-        raise ValueError(
-            f"No adapter {str(adapter)!r}: it is no file and no folder here, and the Hub answered: {error}"
-        ) from error
+        raise ValueError(f"No adapter {str(adapter)!r}: {not_found(adapter, error)}") from error
 
 
 def load_adapter(pipeline: DiffusionPipeline, adapter: str | os.PathLike, name: str) -> None:

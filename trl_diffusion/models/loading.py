@@ -26,6 +26,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers.integrations import deepspeed
 
 from .. import shapes
+from ..paths import check_exists, not_found
 from .base import FlowModel, check_multiple
 from .flux import FluxFlowModel
 from .passed import make_plain
@@ -103,11 +104,17 @@ def load_flow_model(
         return flow_model
     hub_arguments = {"revision", "token", "cache_dir", "local_files_only", "force_download", "proxies"}
     hub_kwargs = {name: value for name, value in kwargs.items() if name in hub_arguments}
+    check_exists(model)
+    if os.path.isfile(model):
+        raise ValueError(
+            f"{str(model)!r} is a file; a pipeline is a folder with a model_index.json, or an id on the Hub."
+        )
     try:
         config = DiffusionPipeline.load_config(model, **hub_kwargs)
     except OSError as error:
+        reason = str(error) if os.path.isdir(model) else not_found(model, error)
         raise ValueError(
-            f"No pipeline could be read from {str(model)!r}: {error} Pass the id of a pipeline on the Hub, the path "
+            f"No pipeline could be read from {str(model)!r}: {reason} Pass the id of a pipeline on the Hub, the path "
             f'of a folder with a model_index.json, a loaded pipeline, or "shapes". '
             f"Supported: {', '.join(FLOW_MODELS)}."
         ) from error

@@ -23,11 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .functions import RESERVED, call_function, score_list
 from .preprocessing import to_tensor
@@ -114,7 +112,9 @@ class RewardModel(nn.Module):
                 layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
         return self
 
-    def _checkpointed_layers(self) -> list[GradientCheckpointingLayer]:
+    def _checkpointed_layers(self) -> list[nn.Module]:
+        from transformers.modeling_layers import GradientCheckpointingLayer  # seconds, which no check of a name needs
+
         return [module for module in self.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
@@ -155,6 +155,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
     """Images `(B, 3, H, W)` in [0, 1] as 8-bit pictures."""
+    from diffusers.image_processor import VaeImageProcessor  # as above
+
     return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images.detach().float()))
 
 

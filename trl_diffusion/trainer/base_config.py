@@ -27,7 +27,6 @@ from transformers.utils.versions import require_version
 
 from .config_checks import check_settings_act, check_types
 from .process_group import destroy_process_group_at_exit
-from .sharding import set_bucket_sizes
 
 
 # Schedules of the learning rate that follow metric_for_best_model; older releases of transformers know the first alone.
@@ -329,6 +328,8 @@ class DiffusionConfig(TrainingArguments):
         check_types(self, self._UNCHECKED_TYPES)
         check_settings_act(self)
         self._choose_best_metric()
+        # First, because the rest of transformers that its own checks load takes seconds.
+        self._check_values()
         if self.bf16 is None:
             # On a machine without such an accelerator TrainingArguments refuses bf16.
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
@@ -346,8 +347,17 @@ class DiffusionConfig(TrainingArguments):
             # The command line knows strings only.
             self.resume_from_checkpoint = self.resume_from_checkpoint.lower() == "true"
         if self.deepspeed_plugin is not None:
+            from .sharding import set_bucket_sizes  # loads FSDP as well, which a command's help need not wait for
+
             set_bucket_sizes(self.deepspeed_plugin)
         self._check_data_loader()
+        self._check_sharding()
+        self._check_processes()
+        if self.optim.startswith("schedule_free"):
+            self.check_optimizer_with_modes(f"optim={self.optim.value!r}")
+
+    def _check_values(self) -> None:
+        """Check, and complete, what is known without the run's processes and devices."""
         for name in (
             "height", "width", "num_inference_steps", "rollout_batch_size", "num_eval_images", "prompt_window",
             "per_device_train_batch_size", "gradient_accumulation_steps",
@@ -391,9 +401,6 @@ class DiffusionConfig(TrainingArguments):
         self._check_reliability()
         if self.quantization is not None:
             self._check_choice("quantization", ("nf4", "int8"))
-        self._check_sharding()
-        if self.optim.startswith("schedule_free"):
-            self.check_optimizer_with_modes(f"optim={self.optim.value!r}")
 
     def _choose_best_metric(self) -> None:
         """What "best" means where it is not said; transformers would take the loss, which no evaluation has."""
@@ -425,12 +432,6 @@ class DiffusionConfig(TrainingArguments):
                 raise ValueError(
                     f"reward_timeout must be above 0, got {self.reward_timeout}. Use None to wait for ever."
                 )
-            if self.world_size > 1 and self.reward_timeout * (self.reward_retries + 1) >= self.ddp_timeout:
-                raise ValueError(
-                    f"reward_timeout={self.reward_timeout} s in {self.reward_retries + 1} attempts takes longer than "
-                    f"the {self.ddp_timeout} s that processes wait for each other. Lower reward_timeout or "
-                    "reward_retries, or raise ddp_timeout."
-                )
         if self.ema_decay is not None:
             if not 0 < self.ema_decay < 1:
                 raise ValueError(
@@ -443,6 +444,16 @@ class DiffusionConfig(TrainingArguments):
                 raise ValueError(
                     f"accelerator_config has {name}=True, which hands out other rows than those that the trainer's order "
                     "gives each process: the images of a prompt would no longer be one group. Leave it unset."
+                )
+
+    def _check_processes(self) -> None:
+        """Check what depends on the number of processes."""
+        if self.reward_timeout is not None and self.world_size > 1:
+            if self.reward_timeout * (self.reward_retries + 1) >= self.ddp_timeout:
+                raise ValueError(
+                    f"reward_timeout={self.reward_timeout} s in {self.reward_retries + 1} attempts takes longer than "
+                    f"the {self.ddp_timeout} s that processes wait for each other. Lower reward_timeout or "
+                    "reward_retries, or raise ddp_timeout."
                 )
 
     def _check_sharding(self) -> None:

@@ -73,6 +73,9 @@ WEIGHTS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 # Of a LoRA's configuration, what its weights do not depend on.
 FREE_LORA_SETTINGS = ("auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "revision")
 
+# Of Flow-GRPO's LoRA for FLUX and Stable Diffusion 3.
+DEFAULT_LORA = {"r": 32, "lora_alpha": 64, "init_lora_weights": "gaussian"}
+
 # A term of the loss, built when called: a scalar, and only then its graph.
 LossTerm = Callable[[], torch.Tensor]
 
@@ -117,6 +120,11 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
     ):
         if args is None:
             args = self.config_class(output_dir=f"trainer_output/{self._name.lower().replace(' ', '-')}")
+        elif not isinstance(args, self.config_class):
+            raise TypeError(
+                f"args must be a {self.config_class.__name__} for {type(self).__name__}, got a {type(args).__name__}. "
+                f"Pass the settings as {self.config_class.__name__}(output_dir=..., ...)."
+            )
         if args.process_index > 0:
             # What all processes do is shown once.
             transformers_logging.disable_progress_bar()
@@ -331,10 +339,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
             )
 
     def _default_peft_config(self) -> LoraConfig:
-        # r, alpha and initialisation of Flow-GRPO's LoRA for FLUX and Stable Diffusion 3
-        return LoraConfig(
-            r=32, lora_alpha=64, init_lora_weights="gaussian", target_modules=self.flow.lora_target_modules
-        )
+        return LoraConfig(**DEFAULT_LORA, target_modules=self.flow.lora_target_modules)
 
     def _prepare_conditioning(
         self, args: DiffusionConfig, train_dataset: Dataset | IterableDataset, eval_dataset: Dataset | None

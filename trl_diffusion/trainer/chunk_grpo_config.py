@@ -17,9 +17,14 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from accelerate.utils import get_int_from_env
+
 from ..flow import DEFAULT_ETA, equal_chunk_sizes
 from .base_config import DiffusionConfig
 
+
+# Where accelerate finds the number of processes.
+_WORLD_SIZE_VARIABLES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
 
 # The paper's layout, for T = 17.
 PAPER_CHUNK_SIZES = [2, 3, 4, 7]
@@ -202,8 +207,8 @@ class ChunkGRPOConfig(DiffusionConfig):
         },
     )
 
-    def __post_init__(self):
-        super().__post_init__()
+    def _check_values(self) -> None:
+        super()._check_values()
         self._check_choice("sde_type", tuple(DEFAULT_ETA))
         self._check_choice("chunk_gradient", ("joint", "streamed"))
         self._check_choice("old_log_probs", ("recompute", "rollout"))
@@ -225,11 +230,8 @@ class ChunkGRPOConfig(DiffusionConfig):
             raise ValueError(f"beta must not be negative, got {self.beta}.")
         if not 0 < self.chunk_fraction <= 1:
             raise ValueError(f"chunk_fraction must lie in (0, 1], got {self.chunk_fraction}.")
-        self._resolve_batches()
         self._resolve_chunk_sizes()
         self._resolve_chunk_sampling()
-
-    def _resolve_batches(self) -> None:
         if self.num_generations < 2:
             raise ValueError(
                 f"num_generations must be at least 2, got {self.num_generations}: advantages compare the images of a "
@@ -237,7 +239,15 @@ class ChunkGRPOConfig(DiffusionConfig):
             )
         if self.num_iterations < 1:
             raise ValueError(f"num_iterations must be at least 1, got {self.num_iterations}.")
-        global_batch_size = self.per_device_train_batch_size * self.world_size
+        if get_int_from_env(_WORLD_SIZE_VARIABLES, 0) == 0:
+            self._resolve_batches(1)  # no launcher: one process
+
+    def _check_processes(self) -> None:
+        super()._check_processes()
+        self._resolve_batches(self.world_size)
+
+    def _resolve_batches(self, world_size: int) -> None:
+        global_batch_size = self.per_device_train_batch_size * world_size
         if self.generation_batch_size is not None and self.steps_per_generation is not None:
             if self.generation_batch_size != global_batch_size * self.steps_per_generation:
                 raise ValueError(
@@ -262,7 +272,7 @@ class ChunkGRPOConfig(DiffusionConfig):
             raise ValueError(
                 f"num_generations ({self.num_generations}) must divide the generation batch "
                 f"({self.generation_batch_size} images = {self.per_device_train_batch_size} per device x "
-                f"{self.world_size} processes x {self.steps_per_generation} micro-batches). Change num_generations, "
+                f"{world_size} processes x {self.steps_per_generation} micro-batches). Change num_generations, "
                 "per_device_train_batch_size or gradient_accumulation_steps."
             )
 

@@ -14,7 +14,7 @@
 
 """The trainers' evaluation: images of set-aside prompts, scored, and compared with the base model's."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from datasets import Dataset
@@ -70,6 +70,18 @@ class EvaluationMixin:
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, *args, **kwargs) -> NoReturn:
+        """
+        Not of use here: there are no labels to predict.
+
+        Raises:
+            `NotImplementedError`: always; the message says what to call.
+        """
+        raise NotImplementedError(
+            "predict() is for models with labels. To score images of prompts, call evaluate(eval_dataset); to draw images, "
+            "call save_model() and load the result into a pipeline with load_lora_weights, or use `trl-diffusion generate`."
+        )
 
     def _compare_with_base(
         self, dataset: Dataset

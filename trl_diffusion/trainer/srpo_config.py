@@ -252,6 +252,9 @@ class SRPOConfig(DiffusionConfig):
         if self.negative_words is None:
             self.negative_words = ["Concept art", "Painting", "Anime", "Flat", "Oil"]
         super().__post_init__()
+
+    def _check_values(self) -> None:
+        super()._check_values()
         self._check_choice("estimator", ("direct_align", "refl", "draft"))
         self._check_choice("preference", ("relative", "difference", "absolute", "interpolated"))
         self._check_choice("noise_prior", ("rollout", "fresh"))
