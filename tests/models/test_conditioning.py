@@ -273,9 +273,9 @@ def test_memory_over_three_windows_at_the_size_of_flux():
         conditioning.upcoming = lambda window=window: (f"prompt {24 * window + i}" for i in range(24))
         conditioning.get([f"prompt {24 * window}"])
         held.append((process.memory_info().rss - before) / 2**20)
-    # A window is 96 MiB; what is left of its making is that of one prompt.
-    assert 90 < held[0] < 160
-    assert held[2] < held[0] + 24, held
+    # A window is 96 MiB; as much again is what the encoder's own temporaries leave in the heap, on the CPU.
+    assert 90 < held[0] < 250, held
+    assert held[2] < held[0] + 48, held
 
 
 SCRIPT = """

@@ -67,14 +67,15 @@ class FlowModel(ABC):
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
             Loaded pipeline of class `pipeline_class`.
-        source (`str`, *optional*):
-            What tells the text encoders from others, where that is known without their weights.
-        load_text_encoders (`Callable`, *optional*):
-            Loads the text encoders, by their name in the pipeline. Without it they are those of the pipeline.
 
     Attributes:
         text_encoders (`dict[str, torch.nn.Module]`):
             Text encoders by their name in the pipeline, as far as they are in memory.
+        source (`str` or `None`):
+            What tells the text encoders from others without their weights, where [`load_flow_model`] has loaded the
+            pipeline by name.
+        load_text_encoders (`Callable` or `None`):
+            Loads the text encoders, by their name in the pipeline; set likewise.
         tokenizers (`dict[str, PreTrainedTokenizerBase]`):
             Tokenizers by their name in the pipeline.
         transformer_config (`FrozenDict`):
@@ -102,12 +103,7 @@ class FlowModel(ABC):
     """Guidance of the family's pipeline where the user gives none; 1 is no guidance."""
     max_sequence_length: int
 
-    def __init__(
-        self,
-        pipeline: DiffusionPipeline,
-        source: str | None = None,
-        load_text_encoders: Callable[[], dict[str, torch.nn.Module]] | None = None,
-    ):
+    def __init__(self, pipeline: DiffusionPipeline):
         if type(pipeline) is not self.pipeline_class:
             raise ValueError(
                 f"{type(self).__name__} needs a {self.pipeline_class.__name__}, got a {type(pipeline).__name__}. Use "
@@ -123,8 +119,8 @@ class FlowModel(ABC):
                 "FlowMatchEulerDiscreteScheduler.from_config(...)` before training."
             )
         self.pipeline = pipeline
-        self.source = source
-        self._load_text_encoders = load_text_encoders
+        self.source: str | None = None
+        self.load_text_encoders: Callable[[], dict[str, torch.nn.Module]] | None = None
         self.vae = pipeline.vae
         components = pipeline.components
         self.text_encoders = {
@@ -268,7 +264,7 @@ class FlowModel(ABC):
     @property
     def can_encode(self) -> bool:
         """Whether the text encoders are in memory or can be loaded."""
-        return bool(self.text_encoders) or self._load_text_encoders is not None
+        return bool(self.text_encoders) or self.load_text_encoders is not None
 
     def _need_text_encoders(self) -> None:
         if not self.can_encode:
@@ -277,7 +273,7 @@ class FlowModel(ABC):
                 "them. Load the whole pipeline, or pass its id or path instead of the pipeline."
             )
         if not self.text_encoders:
-            self.text_encoders = self._load_text_encoders()
+            self.text_encoders = self.load_text_encoders()
             for name, module in self.text_encoders.items():
                 setattr(self.pipeline, name, module.requires_grad_(False).eval())
 

@@ -137,7 +137,10 @@ def load_flow_model(
         return {name: getattr(load(**others), name) for name in names}
 
     pipeline = load(**dict.fromkeys(names))
-    return flow_model_class(pipeline, f"{_source(model, **hub_kwargs)} in {torch_dtype}", load_text_encoders)
+    flow_model = flow_model_class(pipeline)
+    flow_model.source = f"{_source(model, **hub_kwargs)} in {torch_dtype}"
+    flow_model.load_text_encoders = load_text_encoders
+    return flow_model
 
 
 def _source(model: str | os.PathLike, **hub_kwargs: Any) -> str:
