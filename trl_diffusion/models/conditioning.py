@@ -207,7 +207,7 @@ class Conditioning:
         missing = [prompt for prompt in prompts if prompt not in found]
         if not missing:
             return found
-        hidden = None if PartialState().is_local_main_process else True
+        hidden = not PartialState().is_local_main_process
         with self.flow_model.text_encoders_on(self.device):
             for prompt in tqdm(missing, desc="Encoding prompts", unit="prompt", leave=False, disable=hidden):
                 (row,) = self.flow_model.encode_rows([prompt])
