@@ -62,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("command", choices=list(COMMANDS), help="what to do")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="options of the command")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments:
+        parser.error(f"give a command: {', '.join(COMMANDS)}.")
     parsed = parser.parse_args(arguments)
 
     with quick_imports():
