@@ -260,11 +260,18 @@ class TestPolicy:
         assert "log_ratio/abs_max" not in trainer._take_metrics()
 
     def test_images_that_are_equal_are_counted(self, make_trainer):
-        """Groups of four that are drawn from one noise, almost without more: in 8 bits the same picture."""
-        trainer = make_trainer(eta=1e-6, max_steps=1)
+        """Groups of four that are drawn from one noise, almost without more: in 8 bits most are the same picture."""
+        pictures = []
+
+        def reward(images, prompts, **columns):
+            pictures.extend(image.tobytes() for image in images)
+            return redness(images, prompts)
+
+        trainer = make_trainer(reward_funcs=reward, eta=1e-6, max_steps=1)
         trainer.train()
-        assert trainer.state.log_history[0]["duplicate_images"] == 1.0
-        assert trainer.state.log_history[0]["frac_reward_zero_std"] == 1.0
+        groups = [pictures[:4], pictures[4:]]
+        equal = np.mean([group.count(picture) > 1 for group in groups for picture in group])
+        assert trainer.state.log_history[0]["duplicate_images"] == equal > 0
 
     @pytest.mark.parametrize("sde_type", ["flow", "dance", "cps"])
     def test_log_probs_of_the_rollout_in_float64(self, make_trainer, sde_type):
