@@ -50,6 +50,8 @@ class SamplingArguments:
             Number of sampling steps.
         guidance_scale (`float`, *optional*):
             Guidance. `None` takes the pipeline's default.
+        negative_prompt (`str`, *optional*):
+            What classifier-free guidance leads away from. `None` is the empty prompt. Refused where guidance is embedded.
         sigma_shift (`float`, *optional*):
             Static shift of the noise schedule, as in training. `None` takes the pipeline's own schedule, as users will.
         adapter_fraction (`float`, *optional*, defaults to `1.0`):
@@ -86,6 +88,9 @@ class SamplingArguments:
     num_inference_steps: int = field(default=28, metadata={"help": "Number of sampling steps."})
     guidance_scale: float | None = field(
         default=None, metadata={"help": "Guidance. None takes the pipeline's default."}
+    )
+    negative_prompt: str | None = field(
+        default=None, metadata={"help": "What classifier-free guidance leads away from. None is the empty prompt."}
     )
     sigma_shift: float | None = field(
         default=None,
@@ -139,6 +144,7 @@ class SamplingArguments:
             width=self.width,
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
+            negative_prompt=self.negative_prompt,
             sigma_shift=self.sigma_shift,
             torch_dtype=DTYPES[self.dtype],
         )

@@ -45,7 +45,10 @@ class DiffusionConfig(TrainingArguments):
         num_inference_steps (`int`, *optional*, defaults to `17`):
             Number of sampling steps T.
         guidance_scale (`float`, *optional*):
-            Guidance, embedded (FLUX.1-dev) or classifier-free (Stable Diffusion 3). `None` takes the pipeline's default.
+            Guidance, embedded (FLUX.1-dev) or classifier-free (Stable Diffusion 3, Qwen-Image). `None` takes the pipeline's
+            default.
+        negative_prompt (`str`, *optional*):
+            What classifier-free guidance leads away from. `None` is the empty prompt. Refused where guidance is embedded.
         sigma_shift (`float`, *optional*, defaults to `3.0`):
             Static shift of the noise schedule. `None` takes the pipeline's own schedule, which for FLUX depends on
             the resolution.
@@ -190,6 +193,10 @@ class DiffusionConfig(TrainingArguments):
     guidance_scale: float | None = field(
         default=None,
         metadata={"help": "Guidance, embedded or classifier-free. None takes the pipeline's default."},
+    )
+    negative_prompt: str | None = field(
+        default=None,
+        metadata={"help": "What classifier-free guidance leads away from. None is the empty prompt."},
     )
     sigma_shift: float | None = field(
         default=3.0,
