@@ -88,8 +88,18 @@ class FlowModel(ABC):
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
-    lora_target_modules: ClassVar[list[str]]
-    """Names of the attention layers, for [`~peft.LoraConfig`]."""
+    # By their last name, so that the second attention of Stable Diffusion 3.5 medium (`attn2`) is among them.
+    lora_target_modules: ClassVar[list[str]] = [
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+    ]
+    """Names of the attention layers, for [`~peft.LoraConfig`]: those of diffusers' joint attention."""
     true_guidance: ClassVar[bool] = False
     """Whether guidance is a second forward with a negative prompt, and not a number that the network takes."""
     variable_length: ClassVar[tuple[str, ...]] = ()

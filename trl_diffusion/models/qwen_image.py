@@ -34,23 +34,13 @@ class QwenImageFlowModel(FlowModel):
     """
 
     pipeline_class = QwenImagePipeline
-    lora_target_modules = [
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-    ]
     true_guidance = True
     variable_length = ("prompt_embeds",)
     default_guidance_scale = 4.0
+    max_sequence_length = 512
 
     def __init__(self, pipeline: QwenImagePipeline):
         super().__init__(pipeline)
-        self.max_sequence_length = 512
         # This VAE clamps what it decodes; after this one its own clamp changes nothing.
         self.vae.decoder.register_forward_hook(lambda module, args, output: clamp_with_inward_gradient(output, -1, 1))
 
