@@ -56,6 +56,10 @@ def never_loaded(*args, **kwargs):
         ({"num_iterations": 0}, "num_iterations must be at least 1"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size=True is not supported"),
         ({"height": 0}, "height must be at least 1, got 0"),
+        (
+            {"negative_prompt": "dull", "guidance_scale": 1.0},
+            "negative_prompt='dull' has no effect at guidance_scale=1.0",
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

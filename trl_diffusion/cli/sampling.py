@@ -125,6 +125,11 @@ class SamplingArguments:
         for name in ("num_inference_steps", "num_images_per_prompt", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.negative_prompt is not None and self.guidance_scale is not None and self.guidance_scale <= 1:
+            raise ValueError(
+                f"negative_prompt={self.negative_prompt!r} has no effect at guidance_scale={self.guidance_scale}. Raise "
+                "guidance_scale above 1, or leave negative_prompt unset."
+            )
         if not 0 <= self.adapter_fraction <= 1:
             raise ValueError(f"adapter_fraction must lie in [0, 1], got {self.adapter_fraction}.")
 

@@ -304,6 +304,10 @@ class DiffusionConfig(TrainingArguments):
     # Settings that take more than their annotation says, which the command line's parser needs.
     _UNCHECKED_TYPES: ClassVar[tuple[str, ...]] = ()
 
+    def _guidance_scales(self) -> list[float | None]:
+        """Guidance of every forward; `None` is the pipeline's default."""
+        return [self.guidance_scale]
+
     def __post_init__(self):
         check_types(self, self._UNCHECKED_TYPES)
         if self.bf16 is None:
@@ -342,6 +346,13 @@ class DiffusionConfig(TrainingArguments):
         if self.sigma_shift is not None and self.sigma_shift <= 0:
             raise ValueError(
                 f"sigma_shift must be above 0, got {self.sigma_shift}. Use None for the pipeline's own schedule."
+            )
+        if self.negative_prompt is not None and all(
+            scale is not None and scale <= 1 for scale in self._guidance_scales()
+        ):
+            raise ValueError(
+                f"negative_prompt={self.negative_prompt!r} has no effect at guidance_scale={self.guidance_scale}. Raise "
+                "guidance_scale above 1, or leave negative_prompt unset."
             )
         if self.num_samples_to_log < 1:
             raise ValueError(
