@@ -25,7 +25,7 @@ import datasets
 import pyarrow
 import pytest
 import torch
-from tiny_models import tiny_flux_pipeline, tiny_sd3_pipeline
+from tiny_models import tiny_flux_pipeline, tiny_qwen_image_pipeline, tiny_sd3_pipeline
 
 from trl_diffusion.data.prompt_cache import PromptCache
 from trl_diffusion.models import load_flow_model
@@ -34,14 +34,17 @@ from trl_diffusion.models import load_flow_model
 PROMPTS = ["a red circle", "", "a blue square", "two Ünïcode ☃ words", "a green triangle on a white background"]
 
 
-@pytest.fixture(params=["flux", "flux-bfloat16", "sd3"])
+PIPELINES = {"sd3": tiny_sd3_pipeline, "qwen-image": tiny_qwen_image_pipeline}
+
+
+@pytest.fixture(params=["flux", "flux-bfloat16", "sd3", "qwen-image"])
 def flow_model(request):
-    pipeline = tiny_sd3_pipeline() if request.param == "sd3" else tiny_flux_pipeline()
+    pipeline = PIPELINES.get(request.param, tiny_flux_pipeline)()
     if request.param == "flux-bfloat16":
         for module in (pipeline.text_encoder, pipeline.text_encoder_2):
             module.to(torch.bfloat16)
     flow_model = load_flow_model(pipeline)
-    flow_model.max_sequence_length = 16
+    flow_model.max_sequence_length = 32 if request.param == "qwen-image" else 16
     return flow_model
 
 
@@ -87,7 +90,7 @@ def test_lookup_gives_what_the_encoders_give(flow_model, tmp_path, in_memory_onl
 def test_same_batch_gives_the_same_bits(flow_model, tmp_path):
     prompts = sorted(PROMPTS)
     cache = PromptCache.build(flow_model, prompts, batch_size=len(prompts), cache_dir=tmp_path)
-    for name, tensor in flow_model.encode_prompt(prompts).items():
+    for name, tensor in flow_model.collate(flow_model.encode_rows(prompts)).items():
         assert torch.equal(cache[prompts][name], tensor)
 
 
@@ -171,6 +174,22 @@ def test_negative_prompt_is_stored_once(tmp_path):
     cache = PromptCache.build(flow_model, prompts, cache_dir=tmp_path)
     elements = sum(tensor.numel() for name, tensor in cache[prompts].items() if not name.startswith("negative"))
     assert arrow_files(tmp_path)[0].stat().st_size < 4.3 * elements
+
+
+def test_rows_are_stored_at_their_own_length_and_looked_up_at_one(tmp_path):
+    flow_model = load_flow_model(tiny_qwen_image_pipeline())
+    flow_model.negative_prompt = "dull"
+    prompts = ["cat", "a very long prompt about a cat, " * 10]
+    cache = PromptCache.build(flow_model, [*prompts, *(f"cat {i}" for i in range(60))], cache_dir=tmp_path)
+    short, long = ({name: tensor[i] for name, tensor in cache[prompts].items()} for i in range(2))
+    # The template adds 5 tokens behind the prompt, a byte of which is a token here.
+    assert [row["prompt_embeds_mask"].sum().item() for row in (short, long)] == [8, 325]
+    assert [row["negative_prompt_embeds_mask"].sum().item() for row in (short, long)] == [9, 9]
+    assert short["prompt_embeds"].shape == long["prompt_embeds"].shape == (325, 32)
+    assert torch.equal(short["prompt_embeds"], cache[["cat"]]["prompt_embeds"][0])
+    assert not short["prompt_embeds"][8:].any() and short["prompt_embeds"][7].any()
+    # Padded to one length, 63 rows would take 63 times the longest.
+    assert arrow_files(tmp_path)[0].stat().st_size < 6 * 4 * long["prompt_embeds"].numel()
 
 
 def test_lookup_reads_from_the_file_and_only_its_rows(flux, tmp_path):

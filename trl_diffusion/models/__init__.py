@@ -15,6 +15,7 @@
 from .base import FlowModel
 from .flux import FluxFlowModel
 from .loading import FLOW_MODELS, load_flow_model, whole_weights
+from .qwen_image import QwenImageFlowModel
 from .sampling import sample_latents
 from .sd3 import SD3FlowModel
 
@@ -23,6 +24,7 @@ __all__ = [
     "FLOW_MODELS",
     "FlowModel",
     "FluxFlowModel",
+    "QwenImageFlowModel",
     "SD3FlowModel",
     "load_flow_model",
     "sample_latents",
