@@ -19,6 +19,7 @@ Blocks of a page run in their order, Python in one namespace, in an empty folder
 a comment before it: `<!-- not run: needs FLUX.1-dev -->`. Trainings are cut to one step; all else is run as written.
 """
 
+import inspect
 import os
 import re
 import runpy
@@ -30,12 +31,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
 import yaml
-from tiny_models import tiny_sd3_pipeline
+from tiny_models import tiny_qwen_image_pipeline
 
 from trl_diffusion.cli.main import main
-from trl_diffusion.models import FLOW_MODELS, SD3FlowModel, load_flow_model
+from trl_diffusion.models import FLOW_MODELS, QwenImageFlowModel, load_flow_model
 
 
 ROOT = Path(__file__).parents[1]
@@ -122,21 +122,13 @@ def test_blocks_run(page, reader):
     run_page(page)
 
 
-@torch.no_grad()
-def test_the_family_of_the_page_is_that_of_the_package_without_guidance(reader):
-    pipeline = tiny_sd3_pipeline()
-    expected = SD3FlowModel(pipeline)
-    names = run_page(ROOT / "docs" / "adding_a_family.md")
-    actual = load_flow_model(pipeline)
-    assert type(actual) is names["PlainSD3FlowModel"]
-    latents = actual.draw_noise(2, 16, 32, torch.Generator().manual_seed(0))
-    sigma = torch.tensor([0.9, 0.3])
-    velocities = [
-        model.velocity(model.denoiser, latents, sigma, model.encode_prompt(["a cat", "a dog"]), 1.0)
-        for model in (actual, expected)
-    ]
-    torch.testing.assert_close(*velocities, rtol=0, atol=1e-6)
-    assert velocities[0].abs().max() > 0
+def test_the_family_of_the_page_is_that_of_the_package(reader):
+    page = ROOT / "docs" / "adding_a_family.md"
+    assert inspect.getsource(QwenImageFlowModel) in page.read_text(encoding="utf-8")
+    names = run_page(page)
+    assert type(load_flow_model(tiny_qwen_image_pipeline())) is names["QwenImageFlowModel"]
+    row = re.search(r"QWEN_IMAGE = \{.*?\n\}\n", page.read_text(encoding="utf-8"), re.DOTALL)[0]
+    assert row in (ROOT / "tests" / "models" / "test_families.py").read_text(encoding="utf-8")
 
 
 def test_blocks_are_found():

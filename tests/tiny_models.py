@@ -23,18 +23,25 @@ import string
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -54,6 +61,24 @@ def t5_tokenizer(max_length: int = 48) -> T5TokenizerFast:
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     vocab += [(letter, -3.0) for letter in string.digits + string.ascii_letters + string.punctuation]
     return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=max_length)
+
+
+# The words of the template that QwenImagePipeline puts around a prompt: with these as tokens it begins with 34 of them, as
+# with the published tokenizer.
+_QWEN_TEMPLATE = (
+    "system|Describe| the| image| by| detailing| color| shape| size| texture| quantity| text| spatial| relationships| of"
+    "| objects| and| background|user|assistant"
+).split("|")
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """A Qwen2 tokenizer that knows single bytes and the words of the pipeline's template."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+    vocab = {token: index for index, token in enumerate([*special, *sorted(ByteLevel.alphabet())])}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[])
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in special])
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in _QWEN_TEMPLATE])
+    return tokenizer
 
 
 def _clip_text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
@@ -197,6 +222,83 @@ def tiny_sd3_pipeline(seed: int = 0, dynamic_shifting: bool = False) -> StableDi
         tokenizer_2=tokenizer_2,
         text_encoder_3=text_encoder_3,
         tokenizer_3=tokenizer_3,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_qwen_image_pipeline(seed: int = 0) -> QwenImagePipeline:
+    """A Qwen-Image pipeline in small, with the published scheduler, float32, on the CPU.
+
+    Args:
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights. The global generator is left as it was.
+    """
+    tokenizer = qwen_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = QwenImageTransformer2DModel(
+            in_channels=16,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            axes_dims_rope=(4, 6, 6),
+        )
+        text_encoder = Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(
+                text_config={
+                    "vocab_size": len(tokenizer),
+                    "hidden_size": 32,
+                    "intermediate_size": 48,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 4,
+                    "num_key_value_heads": 2,
+                    "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e6},
+                    "bos_token_id": tokenizer.pad_token_id,
+                    "eos_token_id": tokenizer.pad_token_id,
+                    "pad_token_id": tokenizer.pad_token_id,
+                },
+                vision_config={
+                    "depth": 1,
+                    "hidden_size": 32,
+                    "intermediate_size": 48,
+                    "num_heads": 2,
+                    "out_hidden_size": 32,
+                    "fullatt_block_indexes": [0],
+                },
+                vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+                vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+                image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+                video_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+            )
+        )
+        vae = AutoencoderKLQwenImage(
+            base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 2],
+            num_res_blocks=1,
+            temperal_downsample=[True],
+            latents_mean=[-0.7571, -0.7089, 0.1075, 0.9653],
+            latents_std=[2.8184, 1.4541, 2.3275, 1.2196],
+        )
+    # As from_pretrained would return them: without dropout.
+    for module in (transformer, text_encoder, vae):
+        module.eval()
+    pipeline = QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            shift=1.0,
+            use_dynamic_shifting=True,
+            base_shift=0.5,
+            max_shift=0.9,
+            max_image_seq_len=8192,
+            shift_terminal=0.02,
+        ),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

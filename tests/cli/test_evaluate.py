@@ -120,6 +120,11 @@ class TestGenerate:
             (["--prompt", "a", "--adapter", "x", "--adapter_fraction", "1.5"], "must lie in [0, 1], got 1.5"),
             (["--prompt", "a", "--height", "33"], "height=33"),
             (["--prompt", "a", "--batch_size", "0"], "batch_size must be at least 1"),
+            (
+                ["--prompt", "a", "--negative_prompt", "b", "--guidance_scale", "1"],
+                "negative_prompt='b' has no effect",
+            ),
+            (["--prompt", "a", "--negative_prompt", "b"], "negative_prompt='b' has no effect with a FluxPipeline"),
             (["--prompts", "no_such_file.txt"], "no_such_file.txt"),
             (["--prompt", "a", "--adaptor", "x"], "Did you mean --adapter?"),
         ],

@@ -16,15 +16,16 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import tiny_flux_pipeline, tiny_sd3_pipeline
+from tiny_models import tiny_flux_pipeline, tiny_qwen_image_pipeline, tiny_sd3_pipeline
 
-from trl_diffusion.models import FlowModel, FluxFlowModel, SD3FlowModel, load_flow_model
+from trl_diffusion.models import FlowModel, FluxFlowModel, QwenImageFlowModel, SD3FlowModel, load_flow_model
+from trl_diffusion.models.base import clamp_with_inward_gradient
 
 
 PROMPTS = ["a small red circle on white", "a large blue square on black, seen from afar"]
@@ -52,11 +53,21 @@ class Family:
     layout: Callable = lambda pipeline, latents: latents
     time_unit: int = 1
     frames: bool = False  # whether the VAE takes and gives videos
+    max_sequence_length: int = 16  # short, to be quick
 
 
 FLUX = {"build": tiny_flux_pipeline, "model_class": FluxFlowModel, "layout": packed}
 SCHNELL = {**FLUX, "arguments": {"guidance_embeds": False}, "guided": False}
 SD3 = {"build": tiny_sd3_pipeline, "model_class": SD3FlowModel, "time_unit": 1000}
+QWEN_IMAGE = {
+    "build": tiny_qwen_image_pipeline,
+    "model_class": QwenImageFlowModel,
+    "layout": packed,
+    "guidance_argument": "true_cfg_scale",
+    "call": {"negative_prompt": ""},
+    "frames": True,
+    "max_sequence_length": 64,  # prompts keep their different lengths
+}
 
 FAMILIES = {
     "flux-dev": Family(**FLUX, guidance_scale=3.5, height=16, width=16),
@@ -70,9 +81,12 @@ FAMILIES = {
     "sd3-guided": Family(**SD3, guidance_scale=5.0, height=16, width=16),
     "sd3-guided-wide": Family(**SD3, guidance_scale=5.0, height=16, width=24),
     "sd3-dynamic-shift": Family(**SD3, guidance_scale=5.0, height=24, width=16, arguments={"dynamic_shifting": True}),
+    "qwen-image": Family(**QWEN_IMAGE, guidance_scale=1.0, height=16, width=16),
+    "qwen-image-guided": Family(**QWEN_IMAGE, guidance_scale=4.0, height=16, width=24),
+    "qwen-image-guided-high": Family(**QWEN_IMAGE, guidance_scale=4.0, height=24, width=16),
 }
 # One row of each family, where the guidance and the size make no difference.
-ONE_OF_EACH = ["flux-dev", "flux-schnell", "sd3-guided"]
+ONE_OF_EACH = ["flux-dev", "flux-schnell", "sd3-guided", "qwen-image-guided"]
 
 
 @pytest.fixture
@@ -85,7 +99,7 @@ def family(request):
     row = FAMILIES[request.param]
     flow_model = load_flow_model(row.build(**row.arguments))
     assert type(flow_model) is row.model_class
-    flow_model.max_sequence_length = 16  # short, to be quick
+    flow_model.max_sequence_length = row.max_sequence_length
     return flow_model, row.guidance_scale, row.height, row.width
 
 
@@ -95,7 +109,6 @@ def one_of_each(function):
 
 def run_pipeline(row, flow_model, output_type="latent", num_inference_steps=NUM_STEPS, guidance_scale=None, **source):
     """The pipeline's own latents (as tokens, where it packs them) or images."""
-    scale = row.guidance_scale if guidance_scale is None else guidance_scale
     if "latents" in source:
         source["latents"] = row.layout(flow_model.pipeline, source["latents"])
     return flow_model.pipeline(
@@ -105,8 +118,7 @@ def run_pipeline(row, flow_model, output_type="latent", num_inference_steps=NUM_
         num_inference_steps=num_inference_steps,
         max_sequence_length=flow_model.max_sequence_length,
         output_type=output_type,
-        **{row.guidance_argument: scale},
-        **row.call,
+        **{row.guidance_argument: row.guidance_scale if guidance_scale is None else guidance_scale, **row.call},
         **source,
     ).images
 
@@ -157,7 +169,7 @@ def test_rollout_and_image_are_those_of_the_pipeline(family, row):
 def test_noise_is_that_of_the_pipeline(family, row):
     flow_model, _, height, width = family
     with_latents, with_generator = (
-        run_pipeline(row, flow_model, num_inference_steps=1, **source)
+        run_pipeline(row, flow_model, num_inference_steps=2, **source)
         for source in (
             {"latents": flow_model.draw_noise(2, height, width, torch.Generator().manual_seed(3))},
             {"generator": torch.Generator().manual_seed(3)},
@@ -286,7 +298,7 @@ def test_vae_gradient_checkpointing_recomputes_and_gives_the_same_gradient(famil
     flow_model, _, height, width = family
     latents = flow_model.draw_noise(1, height, width)
     calls = []
-    flow_model.vae.decoder.mid_block.register_forward_pre_hook(lambda *_: calls.append(1))
+    flow_model.vae.decoder.mid_block.resnets[0].register_forward_pre_hook(lambda *_: calls.append(1))
 
     def gradient():
         calls.clear()
@@ -314,12 +326,41 @@ def test_adapter_wraps_every_attention_layer_and_trains(family):
     with torch.no_grad():
         before = run_euler(flow_model, flow_model.denoiser, noise, guidance_scale, height, width)
     model = get_peft_model(flow_model.denoiser, LoraConfig(r=2, target_modules=flow_model.lora_target_modules))
+    flow_model.freeze_unused(model)
     assert {name.removeprefix("base_model.model.") for name in model.targeted_module_names} == linear
     after = run_euler(flow_model, model, noise, guidance_scale, height, width)
     torch.testing.assert_close(after, before, rtol=0, atol=1e-5)  # B is zero at the start
-    after.square().sum().backward()
+    assert_every_trainable_parameter_gets_a_gradient(model, after)
+
+
+@one_of_each
+def test_every_parameter_trains(family):
+    flow_model, guidance_scale, height, width = family
+    flow_model.freeze_unused(flow_model.denoiser.requires_grad_(True))
+    noise = flow_model.draw_noise(len(PROMPTS), height, width)
+    after = run_euler(flow_model, flow_model.denoiser, noise, guidance_scale, height, width)
+    assert_every_trainable_parameter_gets_a_gradient(flow_model.denoiser, after)
+
+
+def assert_every_trainable_parameter_gets_a_gradient(model, output):
+    """DDP would wait for one that gets none."""
+    output.square().sum().backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert trained == {name for name, _ in model.named_parameters() if "lora_" in name}
+    assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def test_only_unused_parameters_are_taken_for_unused(family):
+    """Whatever they hold, the network answers the same."""
+    flow_model, guidance_scale, height, width = family
+    latents = flow_model.draw_noise(2, height, width)
+    conditioning = flow_model.encode_prompt(PROMPTS)
+    arguments = (flow_model.denoiser, latents, torch.tensor(0.5), conditioning, guidance_scale)
+    before = flow_model.velocity(*arguments)
+    for name, parameter in flow_model.denoiser.named_parameters():
+        if flow_model.is_unused(name):
+            parameter += 1
+    assert torch.equal(flow_model.velocity(*arguments), before)
 
 
 @one_of_each
@@ -360,7 +401,7 @@ def test_free_text_encoders(family, row):
         **{row.guidance_argument: guidance_scale},
         height=height,
         width=width,
-        num_inference_steps=1,
+        num_inference_steps=2,
         output_type="pt",
     ).images
     assert images.shape == (2, 3, height, width)
@@ -378,11 +419,77 @@ def test_schedule_leaves_the_pipelines_scheduler_alone(family):
     assert sigmas[0] == 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
 
 
+@torch.no_grad()
+def test_negative_prompt_is_that_of_the_pipeline(family, row):
+    flow_model, guidance_scale, height, width = family
+    if not flow_model.true_guidance:
+        pipeline_name = type(flow_model.pipeline).__name__
+        with pytest.raises(ValueError, match=f"negative_prompt='dull' has no effect with a {pipeline_name}"):
+            flow_model.negative_prompt = "dull"
+        assert flow_model.negative_prompt is None
+        return
+    noise = flow_model.draw_noise(len(PROMPTS), height, width, torch.Generator().manual_seed(0))
+    arguments = (flow_model, flow_model.denoiser, noise, guidance_scale, height, width)
+    without = run_euler(*arguments)
+    flow_model.negative_prompt = "dull, longer than the longest of the prompts by far"
+    latents = run_euler(*arguments)
+    call = flow_model.guidance_arguments(guidance_scale)
+    expected = run_pipeline(replace(row, call=call), flow_model, latents=noise)
+    torch.testing.assert_close(row.layout(flow_model.pipeline, latents), expected, rtol=0, atol=1e-5)
+    assert torch.equal(without, latents) == (guidance_scale == 1)
+
+
+@torch.no_grad()
+def test_padding_changes_nothing():
+    """A row in a longer batch is the row alone; at one length it is so to the last bit."""
+    flow_model = load_flow_model(tiny_qwen_image_pipeline())
+    rows = flow_model.encode_rows(["a cat", "a cat on a hill in the rain", ""])
+    assert [flow_model.row_length(row) for row in rows] == [10, 29, 5]
+    latents = flow_model.draw_noise(3, 16, 24, torch.Generator().manual_seed(0))
+
+    def velocity(part, length=None):
+        conditioning = flow_model.collate(rows[part], length)
+        return flow_model.velocity(flow_model.denoiser, latents[part], torch.tensor(0.5), conditioning, 1.0)
+
+    together = velocity(slice(0, 3))
+    for i in range(3):
+        torch.testing.assert_close(velocity(slice(i, i + 1)), together[i : i + 1], rtol=0, atol=1e-5)
+        torch.testing.assert_close(velocity(slice(i, i + 1), 40), together[i : i + 1], rtol=0, atol=1e-5)
+    assert torch.equal(velocity(slice(0, 2), 29), velocity(slice(0, 2)))
+
+
+def test_clamp_lets_the_gradient_through_that_leads_back_inside():
+    x = torch.tensor([-2.0, -2.0, -1.0, 0.5, 0.5, 1.0, 3.0, 3.0], requires_grad=True)
+    gradient = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, -1.0, 1.0, -1.0])
+    clamped = clamp_with_inward_gradient(x, -1, 1)
+    assert clamped.tolist() == [-1, -1, -1, 0.5, 0.5, 1, 1, 1]
+    clamped.backward(gradient)
+    # A step goes against the gradient: from -2 upwards, from 3 downwards, and anywhere from within.
+    assert x.grad.tolist() == [0, -1, 1, 1, -1, -1, 1, 0]
+
+
+def test_a_saturated_pixel_can_come_back():
+    """The VAE clamps in its own decode; its gradient is what leads pixels back inside, and nothing else."""
+    flow_model = load_flow_model(tiny_qwen_image_pipeline())
+    with torch.no_grad():
+        flow_model.vae.decoder.conv_out.bias += 5  # every pixel is white
+    latents = flow_model.draw_noise(1, 16, 16).requires_grad_()
+    images = flow_model.decode(latents)
+    assert (images == 1).all()
+    (darker,) = torch.autograd.grad(images.sum(), latents, retain_graph=True)
+    (brighter,) = torch.autograd.grad(-images.sum(), latents)
+    assert darker.any() and not brighter.any()
+
+
 def test_defaults():
     dev, schnell = load_flow_model(tiny_flux_pipeline()), load_flow_model(tiny_flux_pipeline(guidance_embeds=False))
-    sd3 = load_flow_model(tiny_sd3_pipeline())
-    assert [model.default_guidance_scale for model in (dev, schnell, sd3)] == [3.5, 1.0, 7.0]
-    assert [model.latent_downsample for model in (dev, schnell, sd3)] == [4, 4, 4]
+    sd3, qwen_image = load_flow_model(tiny_sd3_pipeline()), load_flow_model(tiny_qwen_image_pipeline())
+    models = (dev, schnell, sd3, qwen_image)
+    assert [model.default_guidance_scale for model in models] == [3.5, 1.0, 7.0, 4.0]
+    assert [model.negative_prompt for model in models] == [None, None, "", ""]
+    assert [model.latent_downsample for model in models] == [4, 4, 4, 4]
+    assert qwen_image.max_sequence_length == 512
+    assert qwen_image.default_size == (256, 256)
     assert dev.max_sequence_length == dev.tokenizers["tokenizer_2"].model_max_length == 48
     assert sd3.max_sequence_length == 256
     assert dev.default_size == (256, 256)  # as FluxPipeline: 128 latents of 2 pixels here, of 8 in the real one
@@ -395,6 +502,7 @@ def test_defaults():
         (tiny_flux_pipeline, 18, 16, "height=18 .* multiple of 4.* Nearest: 16 and 20"),
         (tiny_flux_pipeline, 16, 3, "width=3 .* Nearest: 4"),
         (tiny_flux_pipeline, 0, 16, "height=0 .* Nearest: 4"),
+        (tiny_qwen_image_pipeline, 16, 18, "width=18 .* Nearest: 16 and 20"),
         (tiny_sd3_pipeline, 16, -8, "width=-8 .* Nearest: 4"),
         (tiny_sd3_pipeline, 36, 16, "height=36 is too large .* 32 pixels"),
     ],

@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from diffusers import (
     FluxKontextPipeline,
     StableDiffusion3Img2ImgPipeline,
 )
-from tiny_models import tiny_flux_pipeline, tiny_sd3_pipeline
+from tiny_models import tiny_flux_pipeline, tiny_qwen_image_pipeline, tiny_sd3_pipeline
 from transformers import T5EncoderModel
 from transformers.integrations.deepspeed import (
     is_deepspeed_zero3_enabled,
@@ -34,7 +35,14 @@ from transformers.integrations.deepspeed import (
     unset_hf_deepspeed_config,
 )
 
-from trl_diffusion.models import FLOW_MODELS, FluxFlowModel, SD3FlowModel, load_flow_model, whole_weights
+from trl_diffusion.models import (
+    FLOW_MODELS,
+    FluxFlowModel,
+    QwenImageFlowModel,
+    SD3FlowModel,
+    load_flow_model,
+    whole_weights,
+)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +104,27 @@ def test_the_embedded_world():
     assert flow_model.max_sequence_length == 12
     images = torch.rand(1, 3, 32, 32)
     assert flow_model.decode(flow_model.encode_image(images)).shape == images.shape
+
+
+def test_loads_a_folder_of_qwen_image(tmp_path):
+    tiny_qwen_image_pipeline().save_pretrained(tmp_path)
+    flow_model = load_flow_model(tmp_path, negative_prompt="dull")
+    assert type(flow_model) is QwenImageFlowModel and flow_model.negative_prompt == "dull"
+    actual, expected = (
+        model.encode_prompt(["a cat"]) for model in (flow_model, load_flow_model(tiny_qwen_image_pipeline()))
+    )
+    assert torch.equal(actual["prompt_embeds"], expected["prompt_embeds"])
+    assert actual["negative_prompt_embeds_mask"].sum() == expected["negative_prompt_embeds_mask"].sum() + len("dull")
+
+
+def test_negative_prompt_is_refused_before_weights_load(flux_folder, tmp_path):
+    message = "negative_prompt='dull' has no effect with a FluxPipeline"
+    shutil.copytree(flux_folder, tmp_path / "flux")
+    for weights in (tmp_path / "flux").rglob("*.safetensors"):
+        weights.unlink()
+    for model in (tmp_path / "flux", "shapes", tiny_flux_pipeline()):
+        with pytest.raises(ValueError, match=message):
+            load_flow_model(model, negative_prompt="dull")
 
 
 def test_loaded_pipelines():
@@ -179,7 +208,7 @@ def test_whole_weights_without_deepspeed():
     assert not is_deepspeed_zero3_enabled()
 
 
-@pytest.mark.parametrize("make", [tiny_flux_pipeline, tiny_sd3_pipeline])
+@pytest.mark.parametrize("make", [tiny_flux_pipeline, tiny_sd3_pipeline, tiny_qwen_image_pipeline])
 def test_an_impossible_size_is_refused_before_weights_load(make, tmp_path):
     make().save_pretrained(tmp_path)
     for weights in tmp_path.rglob("*.safetensors"):

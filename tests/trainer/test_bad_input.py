@@ -81,6 +81,10 @@ def never_loaded(*args, **kwargs):
         ({"height": 0}, "height must be at least 1, got 0"),
         ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config has dispatch_batches=True"),
         ({"accelerator_config": {"split_batches": True}}, "accelerator_config has split_batches=True"),
+        (
+            {"negative_prompt": "dull", "guidance_scale": 1.0},
+            "negative_prompt='dull' has no effect at guidance_scale=1.0",
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

@@ -38,7 +38,9 @@ from .sampling import save_image, write_metadata, write_text
 
 
 # What an image depends on, besides model, adapter, prompt and noise.
-IMAGE_SETTINGS = ("height", "width", "num_inference_steps", "guidance_scale", "sigma_shift", "dtype")
+IMAGE_SETTINGS = (
+    "height", "width", "num_inference_steps", "guidance_scale", "negative_prompt", "sigma_shift", "dtype",
+)  # fmt: skip
 SCORES_NAME = "scores.json"
 
 

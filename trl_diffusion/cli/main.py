@@ -63,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("command", choices=list(COMMANDS), help="what to do")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="options of the command")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments:
+        parser.error(f"give a command: {', '.join(COMMANDS)}.")
     parsed = parser.parse_args(arguments)
 
     # Rewards may be of a module in the current folder, which `python -m` looks into and an installed script does not.

@@ -51,6 +51,8 @@ class SamplingArguments:
             Number of sampling steps.
         guidance_scale (`float`, *optional*):
             Guidance. `None` takes the pipeline's default.
+        negative_prompt (`str`, *optional*):
+            What classifier-free guidance leads away from. `None` is the empty prompt. Refused where guidance is embedded.
         sigma_shift (`float`, *optional*):
             Static shift of the noise schedule, as in training. `None` takes the pipeline's own schedule, as users will.
         adapter_fraction (`float`, *optional*, defaults to `1.0`):
@@ -88,6 +90,9 @@ class SamplingArguments:
     guidance_scale: float | None = field(
         default=None, metadata={"help": "Guidance. None takes the pipeline's default."}
     )
+    negative_prompt: str | None = field(
+        default=None, metadata={"help": "What classifier-free guidance leads away from. None is the empty prompt."}
+    )
     sigma_shift: float | None = field(
         default=None,
         metadata={"help": "Static shift of the noise schedule, as in training. None takes the pipeline's own."},
@@ -121,6 +126,11 @@ class SamplingArguments:
         for name in ("num_inference_steps", "num_images_per_prompt", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.negative_prompt is not None and self.guidance_scale is not None and self.guidance_scale <= 1:
+            raise ValueError(
+                f"negative_prompt={self.negative_prompt!r} has no effect at guidance_scale={self.guidance_scale}. Raise "
+                "guidance_scale above 1, or leave negative_prompt unset."
+            )
         if not 0 <= self.adapter_fraction <= 1:
             raise ValueError(f"adapter_fraction must lie in [0, 1], got {self.adapter_fraction}.")
 
@@ -146,6 +156,7 @@ class SamplingArguments:
             width=self.width,
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
+            negative_prompt=self.negative_prompt,
             sigma_shift=self.sigma_shift,
             torch_dtype=None if self.dtype == "auto" else getattr(torch, self.dtype),
         )

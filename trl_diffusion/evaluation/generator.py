@@ -43,6 +43,8 @@ class ImageGenerator:
             Number of steps T.
         guidance_scale (`float`, *optional*):
             Guidance; the pipeline's default if `None`.
+        negative_prompt (`str`, *optional*):
+            What classifier-free guidance leads away from; the empty prompt if `None`.
         sigma_shift (`float`, *optional*):
             Static shift of the noise schedule; the pipeline's own schedule if `None`.
         torch_dtype (`torch.dtype`, *optional*):
@@ -61,6 +63,7 @@ class ImageGenerator:
         width: int | None = None,
         num_inference_steps: int = 28,
         guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
         sigma_shift: float | None = None,
         torch_dtype: torch.dtype | None = None,
     ):
@@ -70,7 +73,7 @@ class ImageGenerator:
         self.device = PartialState().device
         if torch_dtype is None:
             torch_dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-        self.flow = load_flow_model(model, torch_dtype=torch_dtype, size=(height, width))
+        self.flow = load_flow_model(model, torch_dtype, size=(height, width), negative_prompt=negative_prompt)
         self.height = self.flow.default_size[0] if height is None else height
         self.width = self.flow.default_size[1] if width is None else width
         self.flow.check_size(self.height, self.width)

@@ -16,6 +16,7 @@ from .base import FlowModel
 from .conditioning import Conditioning, open_prompt_store
 from .flux import FluxFlowModel
 from .loading import FLOW_MODELS, load_flow_model, whole_weights
+from .qwen_image import QwenImageFlowModel
 from .sampling import sample_latents
 from .sd3 import SD3FlowModel
 
@@ -25,6 +26,7 @@ __all__ = [
     "Conditioning",
     "FlowModel",
     "FluxFlowModel",
+    "QwenImageFlowModel",
     "SD3FlowModel",
     "load_flow_model",
     "open_prompt_store",

@@ -16,7 +16,7 @@ import contextlib
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from accelerate.utils.memory import clear_device_cache
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils.torch_utils import randn_tensor
+from torch.utils.checkpoint import checkpoint
 
 
 _NEGATIVE = "negative_"
@@ -83,6 +84,8 @@ class FlowModel(ABC):
         dtype (`torch.dtype`):
             What latents and embeddings are cast to before the denoiser. That of its weights at construction; set it
             where an engine converts the weights afterwards (DeepSpeed with bf16).
+        negative_prompt (`str` or `None`):
+            What true guidance leads away from, the empty prompt unless set; `None` where guidance is not true.
         max_sequence_length (`int`):
             Tokens of a prompt that the network sees at most.
 
@@ -91,8 +94,18 @@ class FlowModel(ABC):
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
-    lora_target_modules: ClassVar[list[str]]
-    """Names of the attention layers, for [`~peft.LoraConfig`]."""
+    # By their last name, so that the second attention of Stable Diffusion 3.5 medium (`attn2`) is among them.
+    lora_target_modules: ClassVar[list[str]] = [
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+    ]
+    """Names of the attention layers, for [`~peft.LoraConfig`]: those of diffusers' joint attention."""
     true_guidance: ClassVar[bool] = False
     """Whether guidance is a second forward with a negative prompt, and not a number that the network takes."""
     variable_length: ClassVar[tuple[str, ...]] = ()
@@ -135,15 +148,43 @@ class FlowModel(ABC):
         }
         self.transformer_config = pipeline.transformer.config
         self.dtype = pipeline.transformer.dtype
-        self.negative_prompt = "" if self.true_guidance else None
+        self._negative_prompt = "" if self.true_guidance else None
         for module in (self.vae, pipeline.transformer, *self.text_encoders.values()):
             module.requires_grad_(False)
             module.eval()
 
     @property
+    def negative_prompt(self) -> str | None:
+        return self._negative_prompt
+
+    @negative_prompt.setter
+    def negative_prompt(self, negative_prompt: str) -> None:
+        self.check_negative_prompt(negative_prompt)
+        self._negative_prompt = negative_prompt
+
+    @classmethod
+    def check_negative_prompt(cls, negative_prompt: str | None) -> None:
+        """Raise a `ValueError` if there is a negative prompt where no guidance would use it."""
+        if negative_prompt is not None and not cls.true_guidance:
+            raise ValueError(
+                f"negative_prompt={negative_prompt!r} has no effect with a {cls.pipeline_class.__name__}, whose guidance "
+                "is embedded in the network. Leave negative_prompt unset."
+            )
+
+    @property
     def denoiser(self) -> torch.nn.Module:
         """The pipeline's transformer. `get_peft_model` wraps it in place, so it carries the adapter's layers then."""
         return self.pipeline.transformer
+
+    def is_unused(self, name: str) -> bool:
+        """Whether the network's output does not depend on the parameter of this name."""
+        return False
+
+    def freeze_unused(self, network: torch.nn.Module) -> None:
+        """Freeze parameters that no gradient reaches, of the denoiser as it is or with an adapter: DDP waits for them."""
+        for name, parameter in network.named_parameters():
+            if self.is_unused(name):
+                parameter.requires_grad_(False)
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -155,6 +196,11 @@ class FlowModel(ABC):
     def latent_downsample(self) -> int:
         """Pixels along the side of one token: sizes must be multiples of it."""
         return self.pipeline.vae_scale_factor * self.patch_size
+
+    @classmethod
+    def vae_downsample(cls, vae_config: dict[str, Any]) -> int:
+        """Pixels along the side of one latent pixel, from the VAE's configuration, before anything is loaded."""
+        return 2 ** (len(vae_config["block_out_channels"]) - 1)
 
     @property
     def max_size(self) -> int | None:
@@ -328,6 +374,12 @@ class FlowModel(ABC):
         mu = self.schedule_shift(num_tokens, num_inference_steps) if scheduler.config.use_dynamic_shifting else None
         sigmas = self.unshifted_sigmas(num_inference_steps)
         scheduler.set_timesteps(num_inference_steps, device="cpu", sigmas=sigmas, mu=mu)
+        if not scheduler.sigmas.isfinite().all():
+            # shift_terminal stretches the sigmas between the first and the last, which are one here.
+            raise ValueError(
+                f"num_inference_steps={num_inference_steps} is not possible with this pipeline's schedule. Raise it, or "
+                "set sigma_shift."
+            )
         return scheduler.sigmas
 
     def schedule_shift(self, num_tokens: int, num_inference_steps: int) -> float:
@@ -455,6 +507,11 @@ class FlowModel(ABC):
         """Whether this guidance takes a second forward, with the negative prompt."""
         return self.true_guidance and guidance_scale > 1
 
+    def guidance_arguments(self, guidance_scale: float) -> dict[str, Any]:
+        """What the pipeline's own call is told for this guidance."""
+        negative = {"negative_prompt": self.negative_prompt} if self.negative_prompt else {}
+        return {"guidance_scale": guidance_scale, **negative}
+
     def guide(self, positive: torch.Tensor, negative: torch.Tensor, guidance_scale: float) -> torch.Tensor:
         """
         [Classifier-free guidance](https://huggingface.co/papers/2207.12598) of two velocities `(B, C, [F,] h, w)`, that
@@ -463,10 +520,10 @@ class FlowModel(ABC):
         return negative + guidance_scale * (positive - negative)
 
     # ----------------------------------------------------------------------------------------------------------- VAE
-    def latent_statistics(self) -> tuple[float | torch.Tensor, float | torch.Tensor]:
+    def latent_statistics(self, like: torch.Tensor) -> tuple[float | torch.Tensor, float | torch.Tensor]:
         """
         Shift and scale between what the VAE encodes, z, and latents: `latents = (z - shift) * scale`. Numbers, or tensors
-        that broadcast with `(B, C, [F,] h, w)`.
+        that broadcast with latents, on the device and in the dtype of `like`.
         """
         return self.vae.config.shift_factor, self.vae.config.scaling_factor
 
@@ -475,15 +532,17 @@ class FlowModel(ABC):
         Images of clean latents, differentiable (where the clamp is not active). Their size follows from the latents'.
 
         Args:
-            latents (`torch.Tensor` of shape `(B, C, h, w)`):
+            latents (`torch.Tensor` of shape `(B, C, h, w)` or `(B, C, 1, h, w)`):
                 Clean latents, float32 (or float64, with a VAE in float64).
 
         Returns:
             `torch.Tensor` of shape `(B, 3, H, W)`: in [0, 1], in the dtype of the latents.
         """
-        shift, scale = self.latent_statistics()
+        shift, scale = self.latent_statistics(latents)
         z = latents / scale + shift
         images = self.vae.decode(z.to(device=self.vae.device, dtype=self.vae.dtype), return_dict=False)[0]
+        if images.ndim == 5:  # a VAE of videos, with one frame
+            images = images.squeeze(2)
         return (images.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
 
     def encode_image(
@@ -499,19 +558,70 @@ class FlowModel(ABC):
                 Sample the VAE's posterior with it. By default its mode is taken.
 
         Returns:
-            `torch.Tensor` of shape `(B, C, h, w)`: float32 latents.
+            `torch.Tensor` of shape `(B, C, [1,] h, w)`: float32 latents.
         """
-        self.check_size(*images.shape[-2:])
+        height, width = images.shape[-2:]
+        self.check_size(height, width)
+        if len(self.latent_shape(height, width)) == 4:  # a VAE of videos
+            images = images.unsqueeze(2)
         images = (images * 2 - 1).to(device=self.vae.device, dtype=self.vae.dtype)
         posterior = self.vae.encode(images).latent_dist
         latents = posterior.mode() if generator is None else posterior.sample(generator)
-        shift, scale = self.latent_statistics()
-        return (latents.float() - shift) * scale
+        latents = latents.float()
+        shift, scale = self.latent_statistics(latents)
+        return (latents - shift) * scale
 
     def enable_vae_gradient_checkpointing(self) -> None:
         """
         Recompute the VAE's blocks in the backward pass of [`decode`] instead of keeping their activations.
 
         Unlike in transformers' models it works in eval mode: diffusers' blocks ask only whether gradients are enabled.
+        The blocks of a VAE that diffusers does not recompute are recomputed by [`torch.utils.checkpoint`].
         """
-        self.vae.enable_gradient_checkpointing()
+        if self.vae._supports_gradient_checkpointing:
+            self.vae.enable_gradient_checkpointing()
+        else:
+            for block in (self.vae.decoder.mid_block, *self.vae.decoder.up_blocks):
+                block.forward = _recomputed(block.forward)
+
+
+def _recomputed(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The forward of a block of a causal VAE, recomputed in the backward pass."""
+
+    def recomputed(x: torch.Tensor, feat_cache: list | None = None, feat_idx: list[int] | None = None) -> torch.Tensor:
+        if not torch.is_grad_enabled() or feat_cache is None:
+            return forward(x, feat_cache, feat_idx)
+        # A block takes from the cache the last frames of the chunk before and leaves its own there, at a place that it
+        # counts on. Each run begins with the cache as it was.
+        cache_before, index_before = list(feat_cache), list(feat_idx)
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            feat_cache[:], feat_idx[:] = cache_before, index_before
+            return forward(x, feat_cache, feat_idx)
+
+        return checkpoint(run, x, use_reentrant=False)
+
+    return recomputed
+
+
+class _ClampWithInwardGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, low, high):
+        ctx.save_for_backward(x)
+        ctx.bounds = low, high
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,), (low, high) = ctx.saved_tensors, ctx.bounds
+        # Descent moves against the gradient.
+        outward = ((x > high) & (gradient < 0)) | ((x < low) & (gradient > 0))
+        return gradient.masked_fill(outward, 0), None, None
+
+
+def clamp_with_inward_gradient(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """
+    `x.clamp(low, high)` with a gradient also where x lies outside, if a step against the gradient moves it back towards
+    the inside. The gradient of `clamp` is zero there, so that no loss could ever bring such an element back.
+    """
+    return _ClampWithInwardGradient.apply(x, low, high)

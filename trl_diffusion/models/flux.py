@@ -31,16 +31,6 @@ class FluxFlowModel(FlowModel):
     """
 
     pipeline_class = FluxPipeline
-    lora_target_modules = [
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-    ]
 
     def __init__(self, pipeline: FluxPipeline):
         super().__init__(pipeline)

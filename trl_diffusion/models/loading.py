@@ -30,11 +30,13 @@ from ..paths import check_exists, not_found
 from .base import FlowModel, check_multiple
 from .flux import FluxFlowModel
 from .passed import make_plain
+from .qwen_image import QwenImageFlowModel
 from .sd3 import SD3FlowModel
 
 
 FLOW_MODELS: dict[str, type[FlowModel]] = {
-    model_class.pipeline_class.__name__: model_class for model_class in (FluxFlowModel, SD3FlowModel)
+    model_class.pipeline_class.__name__: model_class
+    for model_class in (FluxFlowModel, SD3FlowModel, QwenImageFlowModel)
 }
 """The supported families: pipeline class name to [`FlowModel`]."""
 
@@ -64,6 +66,7 @@ def load_flow_model(
     model: str | os.PathLike | DiffusionPipeline,
     torch_dtype: torch.dtype | None = None,
     size: tuple[int | None, int | None] = (None, None),
+    negative_prompt: str | None = None,
     **kwargs: Any,
 ) -> FlowModel:
     """
@@ -79,6 +82,8 @@ def load_flow_model(
             Dtype of all weights. By default float32, whatever they were saved in. Not for a loaded pipeline.
         size (`tuple`, *optional*):
             Height and width in pixels that the model will be used at, to be checked; `None` is the model's default.
+        negative_prompt (`str`, *optional*):
+            What true guidance leads away from; the empty prompt if `None`.
         **kwargs:
             Passed to the pipeline's `from_pretrained`, as `revision`, `variant` or `quantization_config`. Not for a
             loaded pipeline.
@@ -87,8 +92,8 @@ def load_flow_model(
         [`FlowModel`]: everything frozen and in eval mode, on the device where it was loaded.
 
     Raises:
-        `ValueError`: if there is no pipeline at `model`, its family is not supported, or loading arguments are given
-        for a loaded pipeline.
+        `ValueError`: if there is no pipeline at `model`, its family is not supported or has no use for a negative prompt,
+        or loading arguments are given for a loaded pipeline.
     """
     if isinstance(model, DiffusionPipeline):
         if torch_dtype is not None or kwargs:
@@ -96,10 +101,13 @@ def load_flow_model(
             raise ValueError(f"{given} only apply to a model that is still to be loaded, not to a loaded pipeline.")
         flow_model_class = _family_of(type(model).__name__, model)
         make_plain(model)
-        return flow_model_class(model)
+        flow_model = flow_model_class(model)
+        if negative_prompt is not None:
+            flow_model.negative_prompt = negative_prompt
+        return flow_model
     if model == "shapes":
         # FluxPipeline takes 128 latents a side for its default whatever it loads; this one draws smaller pictures.
-        flow_model = load_flow_model(shapes.pipeline_path(), torch_dtype, **kwargs)
+        flow_model = load_flow_model(shapes.pipeline_path(), torch_dtype, negative_prompt=negative_prompt, **kwargs)
         flow_model.pipeline.default_sample_size = shapes.IMAGE_SIZE // flow_model.pipeline.vae_scale_factor
         return flow_model
     hub_arguments = {"revision", "token", "cache_dir", "local_files_only", "force_download", "proxies"}
@@ -120,10 +128,10 @@ def load_flow_model(
         ) from error
     flow_model_class = _family_of(config.get("_class_name"), model)
     if size != (None, None):
-        # Of every supported family: a VAE that halves once less than it has blocks, and patches of 2.
-        blocks = AutoencoderKL.load_config(model, subfolder="vae", **hub_kwargs)["block_out_channels"]
-        multiple = 2 ** len(blocks)
+        vae_config = AutoencoderKL.load_config(model, subfolder="vae", **hub_kwargs)
+        multiple = flow_model_class.vae_downsample(vae_config) * flow_model_class.patch_size
         check_multiple(size[0] or multiple, size[1] or multiple, multiple, flow_model_class.pipeline_class.__name__)
+    flow_model_class.check_negative_prompt(negative_prompt)
     names = [name for name, value in config.items() if name.startswith("text_encoder") and value != [None, None]]
 
     def load(**components: None) -> DiffusionPipeline:
@@ -137,7 +145,7 @@ def load_flow_model(
         return {name: getattr(load(**others), name) for name in names}
 
     pipeline = load(**dict.fromkeys(names))
-    flow_model = flow_model_class(pipeline)
+    flow_model = load_flow_model(pipeline, negative_prompt=negative_prompt)
     flow_model.source = f"{_source(model, **hub_kwargs)} in {torch_dtype}"
     flow_model.load_text_encoders = load_text_encoders
     return flow_model

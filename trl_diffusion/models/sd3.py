@@ -30,24 +30,13 @@ class SD3FlowModel(FlowModel):
     """
 
     pipeline_class = StableDiffusion3Pipeline
-    # By their last name, so that the second attention of Stable Diffusion 3.5 medium (`attn2`) is among them.
-    lora_target_modules = [
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-    ]
     true_guidance = True
     default_guidance_scale = 7.0
+    max_sequence_length = 256
 
     def __init__(self, pipeline: StableDiffusion3Pipeline):
         super().__init__(pipeline)
         self.patch_size = pipeline.patch_size
-        self.max_sequence_length = 256
 
     @property
     def max_size(self) -> int:

@@ -50,7 +50,10 @@ class DiffusionConfig(TrainingArguments):
         num_inference_steps (`int`, *optional*, defaults to `17`):
             Number of sampling steps T.
         guidance_scale (`float`, *optional*):
-            Guidance, embedded (FLUX.1-dev) or classifier-free (Stable Diffusion 3). `None` takes the pipeline's default.
+            Guidance, embedded (FLUX.1-dev) or classifier-free (Stable Diffusion 3, Qwen-Image). `None` takes the pipeline's
+            default.
+        negative_prompt (`str`, *optional*):
+            What classifier-free guidance leads away from. `None` is the empty prompt. Refused where guidance is embedded.
         sigma_shift (`float`, *optional*, defaults to `3.0`):
             Static shift of the noise schedule. `None` takes the pipeline's own schedule, which for FLUX depends on
             the resolution.
@@ -201,6 +204,10 @@ class DiffusionConfig(TrainingArguments):
         default=None,
         metadata={"help": "Guidance, embedded or classifier-free. None takes the pipeline's default."},
     )
+    negative_prompt: str | None = field(
+        default=None,
+        metadata={"help": "What classifier-free guidance leads away from. None is the empty prompt."},
+    )
     sigma_shift: float | None = field(
         default=3.0,
         metadata={"help": "Static shift of the noise schedule. None takes the pipeline's own schedule."},
@@ -324,6 +331,10 @@ class DiffusionConfig(TrainingArguments):
     # Settings that take more than their annotation says, which the command line's parser needs.
     _UNCHECKED_TYPES: ClassVar[tuple[str, ...]] = ()
 
+    def _guidance_scales(self) -> list[float | None]:
+        """Guidance of every forward; `None` is the pipeline's default."""
+        return [self.guidance_scale]
+
     def __post_init__(self):
         check_types(self, self._UNCHECKED_TYPES)
         check_settings_act(self)
@@ -383,6 +394,13 @@ class DiffusionConfig(TrainingArguments):
             raise ValueError(
                 f"prompt_cache_gib must be above 0, got {self.prompt_cache_gib}. Set cache_prompt_embeds=False to write no "
                 "embeddings."
+            )
+        if self.negative_prompt is not None and all(
+            scale is not None and scale <= 1 for scale in self._guidance_scales()
+        ):
+            raise ValueError(
+                f"negative_prompt={self.negative_prompt!r} has no effect at guidance_scale={self.guidance_scale}. Raise "
+                "guidance_scale above 1, or leave negative_prompt unset."
             )
         if self.num_samples_to_log < 1:
             raise ValueError(

@@ -201,13 +201,14 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         name = model.config.get("_name_or_path") if isinstance(model, DiffusionPipeline) else model
         self.model_name = None if name is None else str(name)  # of a pipeline it may be a pathlib.Path
         if isinstance(model, DiffusionPipeline):
-            self.flow = load_flow_model(model)
+            self.flow = load_flow_model(model, negative_prompt=args.negative_prompt)
         else:
             # Full fine-tuning needs float32 master weights; a frozen base does not.
             self.flow = load_flow_model(
                 model,
                 torch_dtype=torch.bfloat16 if args.bf16 and not full_fine_tuning else torch.float32,
                 size=(args.height, args.width),
+                negative_prompt=args.negative_prompt,
                 **(
                     {}
                     if args.quantization is None
@@ -265,6 +266,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
             set_seed(args.seed)  # the adapter's start is random; Trainer sets the seed only later
             # ZeRO-3 partitions parameters of one dtype; elsewhere the adapter is trained in float32.
             network = get_peft_model(denoiser, peft_config, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
+        self.flow.freeze_unused(network)
         check_optimizer_holds(optimizers[0], network)
 
         if args.sigma_shift is None:

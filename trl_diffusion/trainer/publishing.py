@@ -129,7 +129,7 @@ class PublishingMixin:
         call = {
             "height": self.height,
             "width": self.width,
-            "guidance_scale": self.guidance_scale,
+            **self.flow.guidance_arguments(self.guidance_scale),
             "num_inference_steps": args.num_inference_steps,
             "max_sequence_length": self.flow.max_sequence_length,
         }

@@ -246,6 +246,9 @@ class SRPOConfig(DiffusionConfig):
     )
     stop_on_hacking: bool = field(default=False, metadata={"help": "Stop the training then."})
 
+    def _guidance_scales(self) -> list[float | None]:
+        return [self.guidance_scale, *([] if self.rollout_guidance_scale is None else [self.rollout_guidance_scale])]
+
     def __post_init__(self):
         if self.positive_words is None:
             self.positive_words = ["Natural-lighting", "Detail", "Detailed", "Real"]
