@@ -132,7 +132,9 @@ def load_flow_model(
         multiple = flow_model_class.vae_downsample(vae_config) * flow_model_class.patch_size
         check_multiple(size[0] or multiple, size[1] or multiple, multiple, flow_model_class.pipeline_class.__name__)
     flow_model_class.check_negative_prompt(negative_prompt)
-    names = [name for name, value in config.items() if name.startswith("text_encoder") and value != [None, None]]
+    # Those that are not given.
+    names = [name for name in config if name.startswith("text_encoder") and name not in kwargs]
+    names = [name for name in names if config[name] != [None, None]]
 
     def load(**components: None) -> DiffusionPipeline:
         with whole_weights():
@@ -141,13 +143,15 @@ def load_flow_model(
             )
 
     def load_text_encoders() -> dict[str, torch.nn.Module]:
-        others = {name: None for name in pipeline.components if name not in names}
-        return {name: getattr(load(**others), name) for name in names}
+        others = {name: None for name in pipeline.components if name not in names and name not in kwargs}
+        loaded = load(**others).components
+        return {name: loaded[name] for name in names}
 
     pipeline = load(**dict.fromkeys(names))
     flow_model = load_flow_model(pipeline, negative_prompt=negative_prompt)
     flow_model.source = f"{_source(model, **hub_kwargs)} in {torch_dtype}"
-    flow_model.load_text_encoders = load_text_encoders
+    if names:
+        flow_model.load_text_encoders = load_text_encoders
     return flow_model
 
 
