@@ -66,9 +66,9 @@ def check_prompts(dataset: Any, name: str = "train_dataset", may_stream: bool = 
             "read; the trainers encode prompts once. Apply it to the rows with dataset.with_format(None).map(...), or "
             "leave it out with dataset.with_format(None)."
         )
-    columns = column_names(dataset)
-    if streams and not columns:
+    if streams and next(iter(dataset), None) is None:
         raise ValueError(f"{name} is an empty stream. It needs at least one prompt.")
+    columns = column_names(dataset)
     if "prompt" not in columns:
         raise ValueError(
             f"{name} has no column 'prompt', only {columns}. Rename the column that holds the prompts: "
