@@ -112,9 +112,10 @@ class DiffusionConfig(TrainingArguments):
         > Parameters that control prompts
 
         prompt_window (`int`, *optional*, defaults to `128`):
-            Prompts whose embeddings a process holds in host memory. A run encodes those of its next generations, so many
-            at a time, and the text encoders wait on the CPU in between; where all prompts of the run fit, they are
-            encoded once and the text encoders are freed. An embedding of FLUX.1 takes 4 MiB in bfloat16.
+            Prompts whose embeddings are held in host memory, over all processes. A run encodes those of its next
+            generations, so many at a time, and the text encoders wait on the CPU in between; where all prompts of the
+            run fit, they are encoded once and the text encoders are freed. An embedding of FLUX.1 takes 4 MiB in
+            bfloat16.
         cache_prompt_embeds (`bool`, *optional*, defaults to `False`):
             Keep embeddings on disk as well, in `huggingface_hub`'s folder of assets, one file a prompt, for this run and
             later ones: where all are found, no text encoder is loaded.
@@ -285,8 +286,8 @@ class DiffusionConfig(TrainingArguments):
     prompt_window: int = field(
         default=128,
         metadata={
-            "help": "Prompts that are encoded together, and whose embeddings a process holds in host memory. The text "
-            "encoders are out of the accelerator's memory in between."
+            "help": "Prompts that are encoded together and whose embeddings are held in host memory, over all processes. "
+            "The text encoders are out of the accelerator's memory in between."
         },
     )
     cache_prompt_embeds: bool = field(

@@ -347,7 +347,8 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         self, args: DiffusionConfig, train_dataset: Dataset | IterableDataset, eval_dataset: Dataset | None
     ) -> None:
         store = open_prompt_store(self.flow, args.prompt_cache_gib) if args.cache_prompt_embeds else None
-        self.conditioning = Conditioning(self.flow, args.device, args.prompt_window, store)
+        window = -(-args.prompt_window // args.world_size)
+        self.conditioning = Conditioning(self.flow, args.device, window, store)
         self.conditioning.upcoming = self._upcoming_prompts
         if isinstance(train_dataset, Dataset):
             datasets = [train_dataset] if eval_dataset is None else [eval_dataset, train_dataset]
@@ -362,7 +363,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         if eval_dataset is not None:
             share = evaluation_share(args.num_eval_images, args.process_index, args.world_size)
             prompts = dict.fromkeys(eval_dataset[index % len(eval_dataset)]["prompt"] for index in share)
-            if len(prompts) <= args.prompt_window:
+            if len(prompts) <= window:
                 self.conditioning.keep(prompts)
 
     @abstractmethod
