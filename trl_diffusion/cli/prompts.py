@@ -81,8 +81,8 @@ def load_prompts(
         prompts in the column "prompt".
 
     Raises:
-        `ValueError`: a file of a kind that is not supported, or that cannot be read; no such column, split, file, folder or
-    dataset of the Hub.
+        `ValueError`: a file of a kind that is not supported, or that cannot be read; no such column, split, file, folder
+        or dataset of the Hub.
     """
     if max_prompts is not None and max_prompts < 1:
         raise ValueError(f"max_prompts must be at least 1, got {max_prompts}.")

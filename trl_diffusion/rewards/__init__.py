@@ -217,7 +217,7 @@ def _check_named(spec: str | Mapping[str, Any]) -> RewardSpec:
         if place is not None and place.startswith(("/", "./", "../", "~")) and not Path(place).expanduser().is_dir():
             raise ValueError(f"The reward {spec!r} names the folder {place!r}, which does not exist.")
     elif place is not None:
-        raise ValueError(f"The reward {name!r} takes no place after a colon, got {spec!r}.")
+        raise ValueError(f"The reward {name!r} takes nothing after a colon but options, got {spec!r}.")
     if parsed.options:
         checked_options(spec, _named(parsed, spec), parsed.options, name in WITH_PLACE)
     return parsed

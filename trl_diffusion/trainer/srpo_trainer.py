@@ -15,7 +15,7 @@
 """Direct-Align with semantic relative preference: a differentiable reward reaches any noise level in one forward."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ from ..data.prompts import column_names
 from ..data.sampler import BucketSampler, GroupStream
 from ..flow import Trajectory, direct_align_pass, interpolate, rollout
 from ..objectives import discount_at, preference_loss, relative_preference
-from ..rewards import Reward, RewardModel, TwoTowerReward, is_differentiable
+from ..rewards import Reward, RewardModel, TwoTowerReward, is_differentiable, usual_range
 from .base_trainer import DiffusionTrainer, LossTerm
 from .callbacks import RewardHackingCallback
 from .srpo_config import SRPOConfig
@@ -183,6 +183,7 @@ class SRPOTrainer(DiffusionTrainer):
                     f"SRPO needs differentiable rewards, but {spec!r} is a black box. Use a RewardModel or the name "
                     "of one, or ChunkGRPOTrainer, which takes any reward."
                 )
+            self._check_scale(args, spec)
         has_images = "image" in column_names(train_dataset)
         if has_images and isinstance(train_dataset, IterableDataset):
             raise ValueError(
@@ -200,6 +201,21 @@ class SRPOTrainer(DiffusionTrainer):
                 f"{column_names(train_dataset)}. Add the images, or leave offline_steps unset."
             )
         self.images = ImageBuckets(train_dataset, args.process_index, args.world_size) if has_images else None
+
+    @staticmethod
+    def _check_scale(args: SRPOConfig, spec: str | Mapping[str, Any] | Reward) -> None:
+        """Refuse a reward whose usual scores lie above the threshold in a pass: its loss would be 0 throughout."""
+        scores = usual_range(spec)
+        if scores is None:
+            return
+        for branch in args.branches if args.estimator == "direct_align" else ["denoise"]:
+            share = active_share(args, scores, branch)
+            if share == 0:
+                raise ValueError(
+                    f"The reward {spec!r} gives scores of about {scores[0]:g} to {scores[1]:g}, and with reward_threshold="
+                    f"{args.reward_threshold} the loss of the pass {branch!r} would be 0: nothing would be trained. Scale the "
+                    "reward (PickScore to near 1 by 'pickscore:scale=0.05'), or raise reward_threshold."
+                )
 
     def _make_sampler(self, args: SRPOConfig, train_dataset: Dataset | IterableDataset) -> BucketSampler | GroupStream:
         if isinstance(train_dataset, IterableDataset):
@@ -246,7 +262,7 @@ class SRPOTrainer(DiffusionTrainer):
                 if score.shape not in ((len(images),), (len(images), 1)):
                     raise ValueError(
                         f"The reward {name!r} gave scores of shape {tuple(score.shape)} for {len(images)} images. Return one "
-                        "a image, of shape (B,)."
+                        "an image, of shape (B,)."
                     )
                 if score.requires_grad:
                     (gradient,) = torch.autograd.grad(score.sum(), images, allow_unused=True)
@@ -256,6 +272,18 @@ class SRPOTrainer(DiffusionTrainer):
                     "respect to the image. Do not score under torch.no_grad or through PIL in it, or use "
                     "ChunkGRPOTrainer, which needs no gradient."
                 )
+
+    # ---- Logging ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for name, shares in self._metrics["train"].items():
+            if "loss" in logs and name.endswith("/active") and not any(shares):
+                logger.warning(
+                    f"{name} was 0 in all {len(shares)} micro-batches since the last log: the preference of every image is "
+                    f"above reward_threshold={self.args.reward_threshold}, and this pass trains nothing. Scale the reward "
+                    "('pickscore:scale=0.05'), or raise reward_threshold."
+                )
+        super().log(logs, start_time)
 
     # ---- Data ----
 
@@ -488,6 +516,21 @@ class SRPOTrainer(DiffusionTrainer):
         gathered = gathered[: args.num_eval_images]
         self.hacking_callback.scores = dict(zip(compared, gathered.T.tolist(), strict=True))
         return scores
+
+
+def active_share(args: SRPOConfig, scores: tuple[float, float], branch: str) -> float:
+    """
+    Share of the landings of a branch with a loss above 0, over the noise levels of `sigma_range` and scores in a range
+    that are alike under both prompts, as those of a reward nearly are.
+    """
+    sigma, score = torch.meshgrid(
+        torch.linspace(*args.sigma_range, 101, dtype=torch.float64),
+        torch.linspace(*scores, 101, dtype=torch.float64),
+        indexing="ij",
+    )
+    ends = args.denoise_discount if branch == "denoise" else args.inversion_discount
+    preference = relative_preference(score, score, discount_at(sigma, args.sigma_range, ends), branch, args.preference)
+    return (preference_loss(preference, args.reward_threshold) > 0).double().mean().item()
 
 
 def one_step_prediction(latents: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
