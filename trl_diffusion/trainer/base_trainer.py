@@ -609,7 +609,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         model.train()
         inputs = self._prepare_inputs(inputs)
         prompts = self._prompts_of(inputs)
-        self._step_prompts += prompts
+        self._step_losses.append(([], prompts))
         kwargs = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
         with self.timed("update"), self.on_accelerator(*self._modules_of_update()):
             terms = self.loss_terms(model, inputs)
@@ -622,7 +622,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
                 with contextlib.nullcontext() if exchange else self._no_exchange(model):
                     state._set_sync_gradients(exchange)
                     loss = term()
-                    self._check_loss(loss, prompts, index, len(terms))
+                    self._note_loss(loss)
                     if exchange:
                         loss = self._spoil_bad_step(loss)
                     self.accelerator.backward(loss / self.current_gradient_accumulation_steps, **kwargs)

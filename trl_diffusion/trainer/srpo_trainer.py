@@ -453,11 +453,7 @@ class SRPOTrainer(DiffusionTrainer):
         values[f"{label}/active"] = (losses != 0).float().mean()
         values[f"{label}/recovery_error"] = (recovered - batch.clean).abs().mean()
         values[f"{label}/clamped"] = ((images <= 0) | (images >= 1)).float().mean()
-        reduced = self.accelerator.reduce(
-            torch.stack([value.detach().float() for value in values.values()]), reduction="mean"
-        )
-        for name, value in zip(values, reduced.tolist(), strict=True):
-            self._metrics["train"][name].append(value)
+        self._running_metrics.add(values)
         return loss
 
     def _reward_prompts(self, reward: str, prompts: list[str]) -> list[list[str]]:
