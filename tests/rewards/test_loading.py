@@ -77,7 +77,7 @@ def read_texts(images):
         ("remote:http://user:secret@host", "'host' holds a user or a password"),
         ("ocr", "needs the dotted path of a recogniser"),
         ("ocr:reader", "needs the dotted path of a recogniser"),
-        ("shapes-clip:/weights", "takes nothing after a colon"),
+        ("shapes-clip:/weights", "takes no place after a colon"),
     ],
 )
 def test_specifications_that_are_refused_without_loading(spec, message):

@@ -80,7 +80,7 @@ def load_prompts(
 
     Raises:
         `ValueError`: a file of a kind that is not supported, or that cannot be read; no such column or split; streaming
-        without `max_prompts`. `FileNotFoundError`: no such file, folder or dataset of the Hub.
+        without `max_prompts`; no such file, folder or dataset of the Hub.
     """
     if max_prompts is not None and max_prompts < 1:
         raise ValueError(f"max_prompts must be at least 1, got {max_prompts}.")
