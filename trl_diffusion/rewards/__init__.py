@@ -47,7 +47,7 @@ REWARDS = {
     "ocr": "trl_diffusion.rewards.ocr:OCRReward",
     "pickscore": "trl_diffusion.rewards.clip:PickScoreReward",
     "remote": "trl_diffusion.rewards.remote:RemoteReward",
-    "shapes-clip": "trl_diffusion.shapes.reward:ShapesCLIPReward",
+    "shapes-clip": "trl_diffusion.rewards.shapes_clip:ShapesCLIPReward",
     "shapes-judge": "trl_diffusion.shapes:attribute_share",
     "vqa": "trl_diffusion.rewards.vqa:VQAReward",
 }

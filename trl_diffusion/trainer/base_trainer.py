@@ -32,7 +32,7 @@ import numpy as np
 import psutil
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
+from accelerate.utils import DistributedType, parse_flag_from_env
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
@@ -61,7 +61,7 @@ from .evaluating import EvaluationMixin, evaluation_share
 from .measures import RunningMetrics, lora_update_norm
 from .publishing import PublishingMixin
 from .reliable_trainer import OptimizerWithModes, ReliableTrainer
-from .sharding import gathered, keep_float32_inputs, shard_on_cpu, trains_on_several_cpu_processes
+from .sharding import gathered, keep_float32_inputs
 from .updates import check_optimizer_holds, check_optimizers
 
 
@@ -387,11 +387,13 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         return list(dict.fromkeys(itertools.islice(prompts, 100 * count)))[:count]
 
     def create_accelerator_and_postprocess(self) -> None:
-        args = self.args
-        wants_fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP") or args.fsdp_plugin_args is not None
-        if wants_fsdp and trains_on_several_cpu_processes():
-            shard_on_cpu(FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {})), args.mixed_precision)
         super().create_accelerator_and_postprocess()
+        wants_fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP") or self.args.fsdp_plugin_args is not None
+        if wants_fsdp and self.accelerator.distributed_type == DistributedType.MULTI_CPU:
+            raise ValueError(
+                "FSDP2 is asked for on processes without accelerators, where accelerate does not shard. Use zero2 or "
+                "zero3 to shard on CPUs, or multi_gpu, which copies the weights to each process."
+            )
         if self.is_fsdp_enabled:
             keep_float32_inputs(self.accelerator.state.fsdp_plugin)
 

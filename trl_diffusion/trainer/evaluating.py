@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset
 
 from ..data.prompts import check_prompts
-from ..metrics.reward_metric import by_prompt, clustered_mean
+from ..metrics import mean_interval
 
 
 def evaluation_share(num_images: int, process: int, num_processes: int) -> list[int]:
@@ -164,9 +164,7 @@ class EvaluationMixin:
         names |= {name: f"watch/{name}/mean" for name in self.watched_rewards}
         results = {}
         for model, scores in (("base", base), ("aligned", aligned)):
-            results[model] = {}
-            for name, metric in names.items():
-                column = scores[metric].cpu().numpy()
-                mean, error = clustered_mean(list(by_prompt(column, prompts).values()))
-                results[model][name] = (mean, mean - 1.96 * error, mean + 1.96 * error)
+            results[model] = {
+                name: mean_interval(scores[metric].cpu().numpy(), prompts) for name, metric in names.items()
+            }
         return results
