@@ -32,7 +32,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from trl_diffusion.rewards import RemoteReward
-from trl_diffusion.trainer.checkpoints import MANIFEST_NAME, write_manifest
+from trl_diffusion.runtime.checkpoints import MANIFEST_NAME, write_manifest
 
 
 PACKAGE = Path(__file__).parents[1] / "trl_diffusion"

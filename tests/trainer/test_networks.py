@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from trl_diffusion.hub import save_adapter
-from trl_diffusion.trainer.updates import SILENT_STEPS, FirstUpdate
+from trl_diffusion.runtime.updates import SILENT_STEPS, FirstUpdate
 
 from .conftest import trainable
 

@@ -35,8 +35,9 @@ from safetensors.torch import load_file
 
 import trl_diffusion
 from trl_diffusion import ChunkGRPOConfig
-from trl_diffusion.trainer import reward_calls
-from trl_diffusion.trainer.checkpoints import (
+from trl_diffusion.rewards import calls as reward_calls
+from trl_diffusion.rewards.calls import RewardError, call_reward
+from trl_diffusion.runtime.checkpoints import (
     MANIFEST_NAME,
     checkpoints,
     last_whole_checkpoint,
@@ -46,7 +47,6 @@ from trl_diffusion.trainer.checkpoints import (
     why_incomplete,
     write_manifest,
 )
-from trl_diffusion.trainer.reward_calls import RewardError, call_reward
 
 
 KINDS = ["chunk_grpo", "srpo"]

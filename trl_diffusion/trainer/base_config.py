@@ -25,8 +25,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 from transformers.utils.versions import require_version
 
+from ..runtime.process_group import destroy_process_group_at_exit
 from .config_checks import check_settings_act, check_types
-from .process_group import destroy_process_group_at_exit
 
 
 # Schedules of the learning rate that follow metric_for_best_model; older releases of transformers know the first alone.
@@ -359,7 +359,9 @@ class DiffusionConfig(TrainingArguments):
             # The command line knows strings only.
             self.resume_from_checkpoint = self.resume_from_checkpoint.lower() == "true"
         if self.deepspeed_plugin is not None:
-            from .sharding import set_bucket_sizes  # loads FSDP as well, which a command's help need not wait for
+            from ..runtime.sharding import (
+                set_bucket_sizes,  # loads FSDP as well, which a command's help need not wait for
+            )
 
             set_bucket_sizes(self.deepspeed_plugin)
         self._check_data_loader()

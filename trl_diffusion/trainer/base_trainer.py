@@ -26,7 +26,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
@@ -55,14 +55,15 @@ from ..hub import check_lora_config, check_names, hub_id, plain_network, save_ad
 from ..models import Conditioning, load_flow_model, open_prompt_store, sample_latents, whole_weights
 from ..models.quantization import check_quantization, quantization_config
 from ..rewards import Reward, asks_for_column, check_reward, load_rewards, score_images
+from ..rewards.calls import RewardError, call_reward, shown
+from ..runtime.reliable_trainer import OptimizerWithModes, ReliableTrainer
+from ..runtime.sharding import gathered, keep_float32_inputs
+from ..runtime.updates import check_optimizer_holds, check_optimizers
 from .base_config import DiffusionConfig
 from .callbacks import EpochCallback, SampleImagesCallback, Samples
 from .evaluating import EvaluationMixin, evaluation_share
 from .measures import RunningMetrics, lora_update_norm
 from .publishing import PublishingMixin
-from .reliable_trainer import OptimizerWithModes, ReliableTrainer
-from .sharding import gathered, keep_float32_inputs
-from .updates import check_optimizer_holds, check_optimizers
 
 
 logger = get_logger(__name__)
@@ -75,6 +76,8 @@ FREE_LORA_SETTINGS = ("auto_mapping", "base_model_name_or_path", "inference_mode
 
 # Of Flow-GRPO's LoRA for FLUX and Stable Diffusion 3.
 DEFAULT_LORA = {"r": 32, "lora_alpha": 64, "init_lora_weights": "gaussian"}
+
+T = TypeVar("T")
 
 # A term of the loss, built when called: a scalar, and only then its graph.
 LossTerm = Callable[[], torch.Tensor]
@@ -591,6 +594,20 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
             scores.append(torch.cat(parts))
         return torch.stack(scores, 1) if scores else images.new_zeros((len(prompts), 0))
 
+    def call_reward(self, name: str, prompts: Sequence[str], call: Callable[[], T]) -> T:
+        """
+        Call a reward under `reward_timeout` and `reward_retries`. During a training all processes must call this
+        together: where it fails for good on one of them, all of them save a checkpoint and stop.
+        """
+        args = self.args
+        result, failure = None, None
+        try:
+            result = call_reward(name, prompts, call, args.reward_timeout, args.reward_retries, args.device)
+        except (RewardError, TypeError, ValueError) as error:
+            failure = error
+        self.stop_together(failure, "a reward")
+        return result
+
     def _keep_samples(self, images: torch.Tensor, prompts: list[str], values: dict[str, torch.Tensor]) -> None:
         """Hand the first images, with one value `(B,)` a name, to the callback that writes them when next logging."""
         if self.samples_callback is None:
@@ -611,7 +628,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         model.train()
         inputs = self._prepare_inputs(inputs)
         prompts = self._prompts_of(inputs)
-        self._step_losses.append(([], prompts))
+        self._step_losses.append(([], f"the prompts {shown(prompts)}"))
         kwargs = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
         with self.timed("update"), self.on_accelerator(*self._modules_of_update()):
             terms = self.loss_terms(model, inputs)

@@ -53,11 +53,11 @@ from ..objectives import (
     transition_kl,
 )
 from ..rewards import Reward
+from ..runtime.checkpoints import checkpoints, why_incomplete
+from ..runtime.resuming import as_saved, refuse_changed, saved_state
 from .base_trainer import DiffusionTrainer, LossTerm
-from .checkpoints import checkpoints, why_incomplete
 from .chunk_grpo_config import ChunkGRPOConfig
 from .measures import duplicate_share, picture_digests
-from .resuming import as_saved, refuse_changed, saved_state
 
 
 logger = get_logger(__name__)

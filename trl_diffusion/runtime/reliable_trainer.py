@@ -15,6 +15,7 @@
 """A `transformers.Trainer` whose runs lose nothing, whatever happens to them."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -22,9 +23,9 @@ import random
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -54,7 +55,6 @@ from .checkpoints import (
 )
 from .ema import WeightAverage
 from .resuming import BY_HISTORY, OptimizerSettings, is_function_of_the_step, refuse_changed, saved_state
-from .reward_calls import RewardError, call_reward, shown
 from .sharding import held_weights
 from .updates import FirstUpdate
 
@@ -67,13 +67,13 @@ logger = logging.get_logger(__name__)
 
 # The exit status of a process that SIGTERM ends.
 SIGTERM_STATUS = 128 + signal.SIGTERM
+# Of a step whose gradient is bad, the message tells the rows of so many.
+SHOWN_MICRO_BATCHES = 3
 # Holds room on the disk for a small file that must not fail, whatever becomes of the others.
 RESERVE_NAME, RESERVE_BYTES = "reserve", 2**16
 
 # The weights at which an optimizer with modes trains; the other files of a checkpoint have those that it averages.
 TRAINED_NAME = "trained.safetensors"
-
-T = TypeVar("T")
 
 
 @runtime_checkable
@@ -86,6 +86,10 @@ class OptimizerWithModes(Protocol):
     def train(self) -> None: ...
 
     def eval(self) -> None: ...
+
+
+class ElsewhereError(RuntimeError):
+    """Another process of the run failed."""
 
 
 class StepCallback(TrainerCallback):
@@ -107,7 +111,7 @@ class StepCallback(TrainerCallback):
 class ReliableTrainer(Trainer):
     """
     What a run needs to survive: checkpoints that are whole or not there, a resume that passes over broken ones, a
-    checkpoint on SIGTERM, steps with a non-finite loss or gradient left out, rewards that fail, a full disk, and the
+    checkpoint on SIGTERM, steps with a non-finite loss or gradient left out, foreign code that fails, a full disk, and the
     moving average of the weights.
 
     All processes agree on each of these, so that none waits for another that has stopped.
@@ -125,8 +129,9 @@ class ReliableTrainer(Trainer):
         self._fresh_state: str | None = None  # what a run begins with
         self._saved_step: int | None = None  # of the last checkpoint of this run
         self._terminated = False
-        # Of the micro-batches of this step the losses of their terms, which stay on their device, and the prompts.
-        self._step_losses: list[tuple[list[torch.Tensor], list[str]]] = []
+        # Of the micro-batches of this step the losses of their terms, which stay on their device, and what the messages
+        # call their rows.
+        self._step_losses: list[tuple[list[torch.Tensor], str]] = []
         self._bad_steps_in_a_row = 0
         self._skipped_steps = 0
         self._last_skip = ""
@@ -321,8 +326,8 @@ class ReliableTrainer(Trainer):
             count, self._bad_steps_in_a_row = self._bad_steps_in_a_row, 0
             raise FloatingPointError(
                 f"{self._last_skip} That was step {count} of {count} in a row, so the run stops "
-                f"(max_bad_steps={self.args.max_bad_steps}). Lower learning_rate or max_grad_norm, or check the "
-                f"rewards. {self._save_last_step()}"
+                f"(max_bad_steps={self.args.max_bad_steps}). Lower learning_rate or max_grad_norm, or check what "
+                f"the loss is made of. {self._save_last_step()}"
             )
         self._stop_if_terminated()
 
@@ -406,8 +411,8 @@ class ReliableTrainer(Trainer):
     def _bad_losses(self) -> list[str]:
         """The losses of this step that are not finite, in words."""
         return [
-            f"the loss of term {index + 1} of {len(losses)} is {value} on the prompts {shown(prompts)}"
-            for losses, prompts in self._step_losses
+            f"the loss of term {index + 1} of {len(losses)} is {value} on {rows}"
+            for losses, rows in self._step_losses
             for index, value in enumerate(torch.stack(losses).tolist())
             if not math.isfinite(value)
         ]
@@ -437,8 +442,8 @@ class ReliableTrainer(Trainer):
         if bad:
             reports = gather_object(bad_losses)
             if not reports:
-                prompts = gather_object([prompt for _, prompts in self._step_losses for prompt in prompts])
-                reports = [f"the gradient is not finite on the prompts {shown(prompts)}"]
+                rows = dict.fromkeys(gather_object([rows for _, rows in self._step_losses]))
+                reports = [f"the gradient is not finite on {', '.join(itertools.islice(rows, SHOWN_MICRO_BATCHES))}"]
             # An optimizer passes over parameters without a gradient: weights and its state stay as they are.
             self.model.zero_grad(set_to_none=True)
             self._skipped_steps += 1
@@ -450,32 +455,30 @@ class ReliableTrainer(Trainer):
             self._bad_steps_in_a_row = 0
         self._step_losses = []
 
-    # ---- Rewards that fail ----
+    # ---- Foreign code that fails ----
 
-    def call_reward(self, name: str, prompts: Sequence[str], call: Callable[[], T]) -> T:
+    def stop_together(self, failure: Exception | None, what: str) -> None:
         """
-        Call a reward under `reward_timeout` and `reward_retries`. During a training all processes must call this
-        together: where it fails for good on one of them, all of them save a checkpoint and stop.
+        Where code that is called on all processes has failed on one of them: during a training all of them save a
+        checkpoint and raise. To be called by all processes; outside of a training a failure is raised where it is.
+
+        Args:
+            failure (`Exception`, *optional*): this process's.
+            what (`str`): what failed, for the log.
+
+        Raises:
+            `failure`, or [`ElsewhereError`] where it is another process's.
         """
-        args = self.args
-        result, failure = None, None
-        try:
-            result = call_reward(name, prompts, call, args.reward_timeout, args.reward_retries, args.device)
-        except (RewardError, TypeError, ValueError) as error:
-            failure = error
         if not self.is_in_train:
             if failure is not None:
                 raise failure
-            return result
+            return
         if self._any_process(failure is not None):
             messages = gather_object([] if failure is None else [str(failure)])
             where = self._save_last_step()
-            if failure is None:
-                failure = RewardError(f"On another process: {messages[0]}")
             if self.is_world_process_zero():
-                logger.error(f"The run stops, because a reward failed: {messages[0]}. {where}")
-            raise failure
-        return result
+                logger.error(f"The run stops, because {what} failed: {messages[0]}. {where}")
+            raise ElsewhereError(f"On another process: {messages[0]}") if failure is None else failure
 
     # ---- Moving average ----
 
