@@ -119,6 +119,9 @@ def test_the_recogniser_is_found():
         (functools.partial(lambda images, prompts, photo, scale: [], scale=2), True),
         (max, True),
         ("hpsv2", False),
+        ("shapes-judge", False),
+        ("ocr:re.findall", False),
+        ("vqa", False),
         ("remote:http://127.0.0.1:8000", True),
     ],
 )

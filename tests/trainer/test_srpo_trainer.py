@@ -265,7 +265,7 @@ class TestRun:
         # The rollout's noise leads to its clean latents, the deterministic solver says so.
         trainer = make_trainer()
         latents = rollout.noise
-        conditioning = trainer.prompt_cache.get(rollout.prompts)
+        conditioning = trainer.conditioning.get(rollout.prompts)
         with torch.no_grad():
             for sigma, following in zip(trainer.sigmas[:-1], trainer.sigmas[1:], strict=True):
                 latents = latents + (following - sigma) * trainer.velocity(
@@ -293,7 +293,7 @@ class TestObjective:
         )  # fmt: skip
         perturb(trainer)
         batch = clean_batch(trainer)
-        conditioning = trainer.prompt_cache.get(batch.prompts)
+        conditioning = trainer.conditioning.get(batch.prompts)
         vae = trainer.flow.vae
         expected = 0.0
         for sigma in batch.sigmas:
@@ -455,7 +455,8 @@ class TestActive:
         discount = 0.3 + (0.01 - 0.3) * (batch.sigmas[0] - low) / (high - low)
         above = 0.1 - ((1 + discount) * negative - positive) > 0
         assert 0 < above.sum() < 3  # the share says something
-        assert trainer._metrics["train"]["inversion/active"] == [pytest.approx(above.float().mean().item())]
+        logged = trainer._running_metrics.take(trainer.accelerator)
+        assert logged["inversion/active"] == pytest.approx(above.float().mean().item())
 
     @pytest.mark.parametrize("threshold", [-10.0, 0.7])
     def test_a_pass_that_trains_nothing_is_told_once_a_window(self, make_trainer, caplog, threshold):

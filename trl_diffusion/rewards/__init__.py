@@ -30,7 +30,7 @@ from .base import (
     score_pictures,
     to_pil,
 )
-from .functions import check_function
+from .functions import check_function, signature_of
 from .preprocessing import to_tensor
 from .pretrained import PretrainedReward, TwoTowerReward
 from .remote import RemoteReward, RewardServerError, check_url
@@ -47,7 +47,7 @@ REWARDS = {
     "ocr": "trl_diffusion.rewards.ocr:OCRReward",
     "pickscore": "trl_diffusion.rewards.clip:PickScoreReward",
     "remote": "trl_diffusion.rewards.remote:RemoteReward",
-    "shapes-clip": "trl_diffusion.shapes.reward:ShapesCLIPReward",
+    "shapes-clip": "trl_diffusion.rewards.shapes_clip:ShapesCLIPReward",
     "shapes-judge": "trl_diffusion.shapes:attribute_share",
     "vqa": "trl_diffusion.rewards.vqa:VQAReward",
 }
@@ -170,11 +170,10 @@ def asks_for_column(spec: str | Mapping[str, Any] | Reward, column: str) -> bool
     if is_differentiable(spec):
         return False
     reward = _named(parse_spec(spec), spec) if isinstance(spec, str | Mapping) else spec
-    try:
-        parameters = inspect.signature(reward.__call__ if inspect.isclass(reward) else reward).parameters
-    except ValueError:  # a built-in function that does not tell
+    signature = signature_of(reward)
+    if signature is None:  # a built-in function that does not tell
         return True
-    return column in parameters or any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    return column in signature.parameters or any(p.kind == p.VAR_KEYWORD for p in signature.parameters.values())
 
 
 def usual_range(spec: str | Mapping[str, Any] | Reward) -> tuple[float, float] | None:

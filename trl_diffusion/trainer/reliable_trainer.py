@@ -16,6 +16,7 @@
 
 import contextlib
 import json
+import math
 import os
 import random
 import shutil
@@ -124,8 +125,8 @@ class ReliableTrainer(Trainer):
         self._fresh_state: str | None = None  # what a run begins with
         self._saved_step: int | None = None  # of the last checkpoint of this run
         self._terminated = False
-        self._bad_losses: list[str] = []  # of the micro-batches of this step
-        self._step_prompts: list[str] = []
+        # Of the micro-batches of this step the losses of their terms, which stay on their device, and the prompts.
+        self._step_losses: list[tuple[list[torch.Tensor], list[str]]] = []
         self._bad_steps_in_a_row = 0
         self._skipped_steps = 0
         self._last_skip = ""
@@ -267,13 +268,20 @@ class ReliableTrainer(Trainer):
             self._check_settings(Path(resume_from_checkpoint), saved_state(resume_from_checkpoint))
         self._saved_step = None
         self._in_train_mode = False
-        self._bad_losses, self._step_prompts = [], []
+        self._step_losses = []
         self.weight_average = None
         try:
             with self._sigterm_handled():
-                return super().train(resume_from_checkpoint, *args, **kwargs)
+                output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.is_in_train = False  # `Trainer` leaves it set where a run ends early
+        update = self._first_update
+        if update is not None and update.unchanged > 0 and not update.seen and self.is_world_process_zero():
+            logger.warning(
+                f"The run has ended after {update.unchanged} optimizer steps that changed none of the trained weights, so "
+                f"nothing is trained. {type(self._own_optimizer).__name__} may be silent in its first steps: train for more."
+            )
+        return output
 
     def _begin_run(self) -> None:
         if self._optimizer_with_modes is not None:
@@ -286,7 +294,7 @@ class ReliableTrainer(Trainer):
         self.state.compute_steps(self.args, self.state.max_steps)
         # Weights that are offloaded to NVMe are not in memory after a step.
         in_memory = self.deepspeed is None or not self.deepspeed.zero_nvme_offload_optimizer()
-        self._first_update = FirstUpdate(self.model, self.optimizer, self.deepspeed) if in_memory else None
+        self._first_update = FirstUpdate(self.model, self._own_optimizer, self.deepspeed) if in_memory else None
         self._remember_step()
         if self._nothing_left() and self.is_world_process_zero():
             logger.warning(
@@ -387,25 +395,37 @@ class ReliableTrainer(Trainer):
 
     # ---- Steps that are not finite ----
 
-    def _check_loss(self, loss: torch.Tensor, prompts: Sequence[str], index: int, count: int) -> None:
-        """Note a loss that is not finite. Its gradient is taken all the same, since other processes take theirs."""
-        if not torch.isfinite(loss):
-            self._bad_losses.append(
-                f"the loss of term {index + 1} of {count} is {loss.item()} on the prompts {shown(prompts)}"
-            )
+    def _note_loss(self, loss: torch.Tensor) -> None:
+        """
+        Note the loss of a term; nothing waits for its value before the step. The gradient of one that is not finite is
+        taken all the same, since other processes take theirs.
+        """
+        losses, _ = self._step_losses[-1]
+        losses.append(loss.detach().float())
+
+    def _bad_losses(self) -> list[str]:
+        """The losses of this step that are not finite, in words."""
+        return [
+            f"the loss of term {index + 1} of {len(losses)} is {value} on the prompts {shown(prompts)}"
+            for losses, prompts in self._step_losses
+            for index, value in enumerate(torch.stack(losses).tolist())
+            if not math.isfinite(value)
+        ]
 
     def _spoil_bad_step(self, loss: torch.Tensor) -> torch.Tensor:
         """
         The last loss of a step, as it is to be backpropagated. DeepSpeed takes the step within that backward pass, so it
         cannot be left out afterwards, but leaves it out itself where the gradient is not finite on any process.
         """
-        if self.deepspeed is not None and self._bad_losses:
-            return loss * torch.nan
-        return loss
+        if self.deepspeed is None:
+            return loss
+        finite = torch.stack([loss for losses, _ in self._step_losses for loss in losses]).isfinite().all()
+        return torch.where(finite, loss, loss * torch.nan)
 
     def _skip_bad_step(self) -> None:
         """Before an optimizer step: take the gradients away where one of them, or a loss, is not finite."""
-        bad = bool(self._bad_losses)
+        bad_losses = self._bad_losses()
+        bad = bool(bad_losses)
         # With float16 the scaler leaves out steps that overflow, and such steps are usual.
         if self.deepspeed is not None:
             bad = bad or not (self.deepspeed.fp16_enabled() or self.deepspeed.was_step_applied())
@@ -415,9 +435,9 @@ class ReliableTrainer(Trainer):
             bad = bad or not _all_finite(gradients)
         bad = self._any_process(bad)
         if bad:
-            reports = gather_object(self._bad_losses)
+            reports = gather_object(bad_losses)
             if not reports:
-                prompts = gather_object(self._step_prompts)
+                prompts = gather_object([prompt for _, prompts in self._step_losses for prompt in prompts])
                 reports = [f"the gradient is not finite on the prompts {shown(prompts)}"]
             # An optimizer passes over parameters without a gradient: weights and its state stay as they are.
             self.model.zero_grad(set_to_none=True)
@@ -428,7 +448,7 @@ class ReliableTrainer(Trainer):
                 logger.warning(self._last_skip)
         else:
             self._bad_steps_in_a_row = 0
-        self._bad_losses, self._step_prompts = [], []
+        self._step_losses = []
 
     # ---- Rewards that fail ----
 
@@ -486,10 +506,15 @@ class ReliableTrainer(Trainer):
     @property
     def _optimizer_with_modes(self) -> OptimizerWithModes | None:
         """The optimizer, where it has modes."""
-        optimizer = self.optimizer
-        if isinstance(optimizer, AcceleratedOptimizer):  # which has the methods whatever it wraps
-            optimizer = optimizer.optimizer
+        optimizer = self._own_optimizer
         return optimizer if isinstance(optimizer, OptimizerWithModes) else None
+
+    @property
+    def _own_optimizer(self) -> Optimizer | None:
+        """The optimizer without what wraps it; accelerate's wrapper has the methods of modes whatever is in it."""
+        if self.deepspeed is not None:
+            return self.deepspeed.basic_optimizer
+        return self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
 
     @contextlib.contextmanager
     def _eval_mode(self) -> Iterator[None]:
