@@ -95,7 +95,7 @@ def test_specifications_that_pass(tmp_path):
     for spec in [
         *(REWARDS.keys() - {"remote", "ocr"}),
         "remote:https://host/path",
-        "ocr:package.read",
+        "ocr:re.findall",
         f"clip:{tmp_path}",
     ]:
         check_reward(spec)
