@@ -420,7 +420,7 @@ class ReliableTrainer(Trainer):
         if self.deepspeed is None:
             return loss
         finite = torch.stack([loss for losses, _ in self._step_losses for loss in losses]).isfinite().all()
-        return torch.where(finite, loss, loss * torch.nan)
+        return loss * torch.where(finite, 1.0, torch.nan)
 
     def _skip_bad_step(self) -> None:
         """Before an optimizer step: take the gradients away where one of them, or a loss, is not finite."""
