@@ -28,7 +28,7 @@ from typing import Any
 
 import pandas as pd
 from datasets import Dataset, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
+from datasets.exceptions import DatasetsError
 
 from .. import shapes
 from ..paths import check_exists, not_found
@@ -94,7 +94,9 @@ def load_prompts(
         if streaming:
             rows = list(itertools.islice(dataset, max_prompts))
             dataset = Dataset.from_list(rows, features=dataset.features)
-    except DatasetGenerationError as error:
+    except DatasetsError as error:
+        if isinstance(error, OSError):
+            raise
         _find_unreadable_file(Path(name))
         cause = error
         while cause.__cause__ is not None:
