@@ -17,8 +17,8 @@
 import importlib
 from typing import TYPE_CHECKING
 
+from .version import __version__
 
-__version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
     from .trainer import ChunkGRPOConfig, ChunkGRPOTrainer, SRPOConfig, SRPOTrainer

@@ -18,8 +18,9 @@ networks of several sizes and compared with the formula of docs/memory.md, which
 
 ```bash
 python examples/benchmarks/memory.py              # measure on the CPU, some minutes
-python examples/benchmarks/memory.py --sharded    # two processes on the CPU under DDP, ZeRO and FSDP2, ten minutes
 python examples/benchmarks/memory.py --paper      # only apply the formula to FLUX.1-dev
+# Two processes on the CPU under DDP, ZeRO and FSDP2, ten minutes; tests/sitecustomize.py lets FSDP2 run there.
+PYTHONPATH=tests python examples/benchmarks/memory.py --sharded
 ```
 
 Measured is one forward, backward and optimizer step, every tensor counted from its allocation to its release, so the

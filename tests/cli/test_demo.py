@@ -13,7 +13,6 @@
 # limitations under the License.
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -22,56 +21,57 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from trl_diffusion import shapes
-from trl_diffusion.cli import demo
+from trl_diffusion.cli import demo, demo_run
 from trl_diffusion.cli.main import main
-
-
-def wilson_interval(successes: int, number: int) -> tuple[float, float]:
-    z = 1.959964
-    share = successes / number
-    centre = (share + z * z / (2 * number)) / (1 + z * z / number)
-    half = z / (1 + z * z / number) * math.sqrt(share * (1 - share) / number + z * z / (4 * number * number))
-    return centre - half, centre + half
+from trl_diffusion.evaluation import compare
+from trl_diffusion.metrics.win_rate import wilson_interval
 
 
 @pytest.mark.parametrize("successes", [100, 256, 400])
 def test_interval_of_a_proportion_is_near_wilsons(successes):
     values = np.zeros(512)
     values[:successes] = 1
-    mean, low, high = demo.bootstrap_interval(values)
-    assert mean == successes / 512
-    assert (low, high) == pytest.approx(wilson_interval(successes, 512), abs=0.005)
+    interval = demo_run.summarise([str(i) for i in range(512)], {"m": values}, {"m": values})["base"]["m"]
+    assert interval["mean"] == successes / 512
+    assert (interval["low"], interval["high"]) == pytest.approx(wilson_interval(successes / 512, 512), abs=0.005)
 
 
-def test_interval_of_a_mean_is_near_the_normal_one():
-    values = np.random.default_rng(1).normal(3.0, 2.0, size=512)
-    mean, low, high = demo.bootstrap_interval(values)
-    half = 1.96 * values.std(ddof=1) / math.sqrt(512)
-    assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.02)
+def test_images_of_a_prompt_are_not_independent():
+    # Eight pictures of each of 64 prompts, all alike: they say what one picture a prompt says.
+    values = np.random.default_rng(1).normal(3.0, 2.0, size=64)
+    prompts = [str(index) for index in range(64)]
+    once = demo_run.summarise(prompts, {"m": values}, {"m": values})["base"]["m"]
+    eight = demo_run.summarise(prompts * 8, {"m": np.tile(values, 8)}, {"m": np.tile(values, 8)})["base"]["m"]
+    half = 1.959964 * values.std(ddof=1) / 8
+    assert once == pytest.approx({"mean": values.mean(), "low": values.mean() - half, "high": values.mean() + half})
+    assert eight == pytest.approx(once)
+    # The same as in an evaluation and, from there, on the cards.
+    assert compare(np.tile(values, 8), {}, prompts * 8)["base"] == eight
 
 
 def test_change_is_measured_in_pairs():
     base = np.random.default_rng(1).normal(size=200)
-    summary = demo.summarise({"m": base}, {"m": base + 0.25})
+    summary = demo_run.summarise([str(i) for i in range(200)], {"m": base}, {"m": base + 0.25})
     assert summary["change"]["m"] == pytest.approx({"mean": 0.25, "low": 0.25, "high": 0.25})
     assert summary["aligned"]["m"]["mean"] == pytest.approx(base.mean() + 0.25)
 
 
 def test_table_shows_every_measure_with_its_unit():
     interval = {"mean": 0.25, "low": 0.2, "high": 0.3}
-    names = [demo.REWARD, demo.MEASURE, "contrast", demo.WATCHED]
+    names = [demo_run.REWARD, demo_run.MEASURE, "contrast", demo_run.WATCHED]
     summary = {model: dict.fromkeys(names, interval) for model in ("base", "aligned", "change")}
-    lines = demo.format_table(summary).splitlines()
+    lines = demo_run.format_table(summary, {demo_run.WATCHED: "watched"}).splitlines()
     assert len(lines) == 6
     assert lines[3].split("  ")[0] == "all_attributes" and "+25.0 % (+20.0 to +30.0)" in lines[3]
     assert "0.250 (0.200 to 0.300)" in lines[4] and "%" not in lines[4]
+    assert lines[5].startswith("shapes-clip (watched)  0.250")
 
 
 def test_curve_and_pictures_are_written(tmp_path):
-    curve = [{"step": step, "reward": 0.5, "reward_std": 0.1, demo.WATCHED: 0.3} for step in (1, 2, 3)]
+    curve = [{"step": step, "reward": 0.5, "reward_std": 0.1, demo_run.WATCHED: 0.3} for step in (1, 2, 3)]
     demo.plot_reward(curve, tmp_path / "reward.png")
     images = torch.rand(3, 3, 32, 32)
-    demo.plot_before_after(images, images, ["a small red circle"] * 3, np.ones((2, 3)), tmp_path / "pictures.png")
+    demo_run.plot_before_after(images, images, ["a small red circle"] * 3, np.ones((2, 3)), tmp_path / "pictures.png")
     for name in ("reward.png", "pictures.png"):
         with Image.open(tmp_path / name) as picture:
             picture.load()
@@ -99,7 +99,11 @@ def test_short_demo_writes_everything(short_demo):
     ):
         assert (short_demo / name).stat().st_size > 0, name
     results = json.loads((short_demo / "results.json").read_text())
-    assert set(results["base"]) == set(results["aligned"]) >= {demo.REWARD, demo.MEASURE, demo.WATCHED, "color"}
+    assert (
+        set(results["base"])
+        == set(results["aligned"])
+        >= {demo_run.REWARD, demo_run.MEASURE, demo_run.WATCHED, "color"}
+    )
     for model in ("base", "aligned"):
         for name, interval in results[model].items():
             assert interval["low"] <= interval["mean"] <= interval["high"], name
@@ -111,7 +115,7 @@ def test_card_of_the_demo_shows_its_results(short_demo):
     card = ModelCard.load(short_demo / "README.md")
     results = json.loads((short_demo / "results.json").read_text())
     assert "chunk-grpo" in card.data.tags
-    assert f"| all\\_attributes | {results['base'][demo.MEASURE]['mean']:.4g} (" in card.text
+    assert f"| all\\_attributes | {results['base'][demo_run.MEASURE]['mean']:.4g} (" in card.text
     assert "(before_after.png)" in card.text and str(short_demo) not in card.text
 
 
@@ -132,9 +136,9 @@ def test_plain_pipeline_draws_what_the_demo_measured(short_demo, model):
         generator=[torch.Generator().manual_seed(seed) for seed in range(48)],
         output_type="pt",
     ).images
-    measures = demo.measure(images, prompts)
+    measures = demo_run.measure(images, prompts)
     results = json.loads((short_demo / "results.json").read_text())
-    for name in ("contrast", demo.WATCHED):  # continuous; a right attribute is yes or no, and may tip over
+    for name in ("contrast", demo_run.WATCHED):  # continuous; a right attribute is yes or no, and may tip over
         assert measures[name].mean() == pytest.approx(results[model][name]["mean"], abs=1e-5), name
-    assert measures[demo.REWARD].mean() == pytest.approx(results[model][demo.REWARD]["mean"], abs=0.02)
-    assert abs(results["change"][demo.WATCHED]["mean"]) > 2e-5  # so the two models can be told apart
+    assert measures[demo_run.REWARD].mean() == pytest.approx(results[model][demo_run.REWARD]["mean"], abs=0.02)
+    assert abs(results["change"][demo_run.WATCHED]["mean"]) > 2e-5  # so the two models can be told apart

@@ -90,3 +90,14 @@ def test_sharded_runs(tmp_path, entrance, config, trainer, full):
         if shutil.which("c++") is None:
             pytest.skip("DeepSpeed compiles its communication for the CPU with a C++ compiler")
     launchers.run(entrance, config, trainer, full, tmp_path, shapes.load_pipeline().transformer.state_dict())
+
+
+def test_fsdp_on_cpu_processes_is_refused(tmp_path):
+    """Where accelerate would train with DDP, without a word."""
+    command = launchers.command("command", "fsdp2", "srpo", False, tmp_path)
+    # Not the tests' folder, whose sitecustomize.py lets them shard on the CPU.
+    environment = {**os.environ, "PYTHONPATH": str(launchers.ROOT), "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert finished.returncode != 0
+    assert "FSDP2 is asked for on processes without accelerators" in finished.stderr
+    assert "Traceback" not in finished.stderr

@@ -67,7 +67,7 @@ def test_the_module_is_a_command_for_launchers():
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--max_steps", "0"), ("--num_eval_images", "-1"), ("--seed", "x"), ("--steps", "3")]
+    ("option", "value"), [("--max_steps", "0"), ("--num_eval_images", "1"), ("--seed", "x"), ("--steps", "3")]
 )
 def test_demo_refuses_wrong_options(capsys, option, value):
     with pytest.raises(SystemExit) as exit_:

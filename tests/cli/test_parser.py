@@ -15,7 +15,7 @@
 from dataclasses import fields
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from trl_diffusion.cli import chunk_grpo, srpo
 from trl_diffusion.cli.prompts import load_prompts
@@ -159,6 +159,9 @@ def test_streaming_takes_the_first_rows(tmp_path, kind):
         source, names = "shapes", load_prompts("shapes")["prompt"][:5]
     streamed = load_prompts(str(source), streaming=True, max_prompts=3)
     assert isinstance(streamed, Dataset) and streamed["prompt"][:] == names[:3]
+    stream = load_prompts(str(source), streaming=True)
+    assert isinstance(stream, IterableDataset)
+    assert [row["prompt"] for row in stream.take(5)] == names[:5]
     assert load_prompts(str(source), max_prompts=2)["prompt"][:] == names[:2]
     assert len(load_prompts(str(source), max_prompts=10**6)) >= 5
 
@@ -171,9 +174,6 @@ def test_prompts_in_another_column(tmp_path):
         load_prompts(str(path), prompt_column="text")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"), [({"streaming": True}, "needs max_prompts"), ({"max_prompts": 0}, "at least 1, got 0")]
-)
-def test_impossible_numbers_of_prompts(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        load_prompts("shapes", **arguments)
+def test_impossible_numbers_of_prompts():
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        load_prompts("shapes", max_prompts=0)

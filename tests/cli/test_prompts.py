@@ -128,7 +128,7 @@ def test_the_cause_of_an_error_inside_datasets_is_shown(tmp_path, data, message)
 @pytest.mark.parametrize("name", ["promts.txt", "./folder", "no/such/folder", "folder/promts.JSONL"])
 def test_what_is_not_there_is_not_looked_for_on_the_hub(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"There is no file or folder '{name}'"):
+    with pytest.raises(ValueError, match=f"There is no file( or folder)? '{name}'"):
         load_prompts(name)
 
 

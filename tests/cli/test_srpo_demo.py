@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from trl_diffusion import shapes
-from trl_diffusion.cli import demo
+from trl_diffusion.cli import demo_run
 from trl_diffusion.cli.demo_srpo import SRPODemo
 from trl_diffusion.cli.main import main
 
@@ -46,7 +46,15 @@ def test_short_demo_writes_everything(relative):
         "before_after.png", "reward.png",
     ):  # fmt: skip
         assert (folder / name).stat().st_size > 0, name
-    measures = {demo.MEASURE, demo.REWARD, demo.WATCHED, demo.PREFERENCE, "contrast", "sharpness", "color"}
+    measures = {
+        demo_run.MEASURE,
+        demo_run.REWARD,
+        demo_run.WATCHED,
+        demo_run.PREFERENCE,
+        "contrast",
+        "sharpness",
+        "color",
+    }
     for column in ("base", "aligned", "change", "reference"):
         assert set(results[column]) >= measures
         for name, interval in results[column].items():
@@ -76,7 +84,7 @@ def test_card_shows_the_method_and_its_results(relative):
 def test_preference_is_that_of_the_control_words():
     prompts = list(shapes.load_dataset("test")["prompt"])
     measured = {
-        style: SRPODemo().measure(shapes.reference(prompts, style), prompts)[demo.PREFERENCE].mean()
+        style: SRPODemo().measure(shapes.reference(prompts, style), prompts)[demo_run.PREFERENCE].mean()
         for style in ("sharp", "blurred", "pale")
     }
     assert measured["sharp"] > max(measured["blurred"], measured["pale"])
@@ -87,7 +95,7 @@ def test_absolute_preference_trains_the_plain_prompt(tmp_path, capsys):
         tmp_path / "out", "--preference", "absolute", "--max_steps", "1", "--seed", "3", "--learning_rate", "1e-4"
     )
     printed = capsys.readouterr().out
-    assert f"{demo.WATCHED} (trained)" in printed and f"{demo.REWARD} (watched)" in printed
+    assert f"{demo_run.WATCHED} (trained)" in printed and f"{demo_run.REWARD} (watched)" in printed
     assert (results["seed"], results["learning_rate"]) == (3, 1e-4)
 
 
@@ -103,17 +111,17 @@ def test_remark_gives_shares_of_the_way():
 
 def test_curve_and_its_picture(tmp_path):
     history = [
-        {"step": 0, "eval_objective": 0.1, f"eval_watch/{demo.REWARD}/mean": 0.8, "eval_reward": 0.0},
+        {"step": 0, "eval_objective": 0.1, f"eval_watch/{demo_run.REWARD}/mean": 0.8, "eval_reward": 0.0},
         {"step": 1, "loss": 0.7, "reward": 0.3},
         {"step": 2, "loss": 0.6, "reward": 0.4},
-        {"step": 2, "eval_objective": 0.2, f"eval_watch/{demo.REWARD}/mean": 0.7, "eval_reward": 0.0},
+        {"step": 2, "eval_objective": 0.2, f"eval_watch/{demo_run.REWARD}/mean": 0.7, "eval_reward": 0.0},
         {"step": 2, "train_runtime": 1.0},
     ]
     curve = SRPODemo().curve(history)
     assert curve == [
-        {"step": 0, "objective": 0.1, demo.REWARD: 0.8},
+        {"step": 0, "objective": 0.1, demo_run.REWARD: 0.8},
         {"step": 1, "loss": 0.7, "reward": 0.3},
-        {"step": 2, "loss": 0.6, "reward": 0.4, "objective": 0.2, demo.REWARD: 0.7},
+        {"step": 2, "loss": 0.6, "reward": 0.4, "objective": 0.2, demo_run.REWARD: 0.7},
     ]
     SRPODemo().plot(curve, tmp_path / "reward.png")
     with Image.open(tmp_path / "reward.png") as picture:

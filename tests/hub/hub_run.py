@@ -186,7 +186,7 @@ def later(folder, results):
             eval_dataset=Dataset.from_dict({"prompt": prompts}),
             save_strategy="no",
             max_steps=2,
-            learning_rate=0.5,
+            learning_rate=2.0,
             num_eval_images=4,
             num_samples_to_log=1,
         )

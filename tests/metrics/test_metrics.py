@@ -21,8 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trl_diffusion.metrics import RewardMetric, WinRate, load_metric
-from trl_diffusion.metrics.reward_metric import clustered_mean
+from trl_diffusion.metrics import RewardMetric, WinRate, clustered_mean, load_metric
 from trl_diffusion.metrics.win_rate import wilson_interval
 from trl_diffusion.rewards import RewardModel
 

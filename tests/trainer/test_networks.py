@@ -38,7 +38,8 @@ def plain_draw(pipeline, trainer):
     """What diffusers' own pipeline draws where the trainer draws `trainer.generate(["a cat"], [7])`."""
     noise = trainer.flow.draw_noise(1, 32, 32, torch.Generator().manual_seed(7))
     return pipeline(
-        "a cat", height=32, width=32, num_inference_steps=6, guidance_scale=3.5, latents=noise, output_type="pt",
+        "a cat", height=32, width=32, num_inference_steps=6, guidance_scale=3.5,
+        latents=pipeline._pack_latents(noise, *noise.shape), output_type="pt",
         max_sequence_length=trainer.flow.max_sequence_length,
     ).images  # fmt: skip
 

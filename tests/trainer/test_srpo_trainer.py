@@ -264,7 +264,7 @@ class TestRun:
         # The rollout's noise leads to its clean latents, the deterministic solver says so.
         trainer = make_trainer()
         latents = rollout.noise
-        conditioning = trainer.prompt_cache.get(rollout.prompts)
+        conditioning = trainer.conditioning.get(rollout.prompts)
         with torch.no_grad():
             for sigma, following in zip(trainer.sigmas[:-1], trainer.sigmas[1:], strict=True):
                 latents = latents + (following - sigma) * trainer.velocity(
@@ -292,7 +292,7 @@ class TestObjective:
         )  # fmt: skip
         perturb(trainer)
         batch = clean_batch(trainer)
-        conditioning = trainer.prompt_cache.get(batch.prompts)
+        conditioning = trainer.conditioning.get(batch.prompts)
         vae = trainer.flow.vae
         expected = 0.0
         for sigma in batch.sigmas:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .demo import LORA, MEASURE, PREFERENCE, REWARD, STYLE_MEASURES, WATCHED, Demo, measure
+from .demo_run import LORA, MEASURE, PREFERENCE, REWARD, STYLE_MEASURES, WATCHED, Demo, measure
 
 
 if TYPE_CHECKING:

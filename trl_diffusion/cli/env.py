@@ -47,10 +47,10 @@ def main(arguments: Sequence[str]) -> int:
     import torch
     from accelerate.commands.config import default_config_file, load_config_from_file
 
-    import trl_diffusion
+    from ..version import __version__
 
     lines = {
-        "trl_diffusion": trl_diffusion.__version__,
+        "trl_diffusion": __version__,
         "Platform": platform.platform(),
         "Python": platform.python_version(),
     }

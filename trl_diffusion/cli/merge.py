@@ -75,9 +75,9 @@ def main(arguments: Sequence[str]) -> int:
         from .. import shapes
         from ..hub.conversion import find_adapter, merge_adapter
 
-        adapter = find_adapter(args.adapter)  # before the model is loaded
         model = shapes.pipeline_path() if args.model_name_or_path == "shapes" else args.model_name_or_path
         check_exists(model)
+        adapter = find_adapter(args.adapter)  # before the model is loaded
         pipeline = DiffusionPipeline.from_pretrained(model, torch_dtype=getattr(torch, args.dtype))
         merge_adapter(pipeline, adapter, args.scale)
     pipeline.save_pretrained(args.output_dir)

@@ -16,12 +16,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
-from ..metrics import by_prompt, clustered_mean, win_rate
+from ..metrics import mean_interval, win_rate
 
 
 def compare(
@@ -41,7 +40,7 @@ def compare(
         prompts (`list[str]` of length N):
             Prompts; images of one prompt are not taken for independent.
         confidence (`float`, *optional*, defaults to `0.95`):
-            Of the intervals: normal ones of the means, Wilson's of the win rates.
+            Of the intervals: [`mean_interval`] of the means, Wilson's of the win rates.
 
     Returns:
         `dict`: under "base" and under the name of each model `mean`, `low`, `high`; in those of the models besides
@@ -104,9 +103,8 @@ def _array(scores: Sequence[float | None]) -> np.ndarray:
 
 
 def _interval(values: np.ndarray, prompts: list[str], confidence: float) -> dict[str, float | None]:
-    mean, error = clustered_mean(list(by_prompt(values, prompts).values()))
-    half = NormalDist().inv_cdf((1 + confidence) / 2) * error
-    return {"mean": _finite(mean), "low": _finite(mean - half), "high": _finite(mean + half)}
+    ends = mean_interval(values, prompts, confidence)
+    return dict(zip(("mean", "low", "high"), map(_finite, ends), strict=True))
 
 
 def _finite(value: float) -> float | None:

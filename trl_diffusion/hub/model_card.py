@@ -28,8 +28,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-import trl_diffusion
-
+from ..version import __version__
 from .adapter import DIFFUSERS_WEIGHTS_NAME
 
 
@@ -367,5 +366,5 @@ def build_model_card(
         rewards={escape(name): _number(weight) for name, weight in (rewards or {}).items()},
         watched_rewards=[escape(name) for name in watched_rewards],
         settings={escape(name): escape(value) for name, value in (settings or {}).items()},
-        versions={"trl_diffusion": trl_diffusion.__version__, **{name: version(name) for name in _PACKAGES}},
+        versions={"trl_diffusion": __version__, **{name: version(name) for name in _PACKAGES}},
     )

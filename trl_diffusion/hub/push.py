@@ -25,8 +25,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFound
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
-import trl_diffusion
-
+from ..version import __version__
 from .adapter import DIFFUSERS_WEIGHTS_NAME, PEFT_WEIGHTS_NAME
 
 
@@ -42,7 +41,7 @@ _PICTURE = re.compile(r"!\[(?:\\.|[^\]\\])*\]\(([^)\s]+)\)")
 
 def hub_client() -> HfApi:
     """A client of the Hub, or of the server that the environment variable `HF_ENDPOINT` names."""
-    return HfApi(library_name="trl_diffusion", library_version=trl_diffusion.__version__)
+    return HfApi(library_name="trl_diffusion", library_version=__version__)
 
 
 def _explain(error: BaseException, token: str | None) -> str:

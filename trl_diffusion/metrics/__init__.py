@@ -14,8 +14,9 @@
 
 """Rewards as `evaluate` metrics, and the win rate of one set of images over another."""
 
-from .reward_metric import RewardMetric, by_prompt, clustered_mean, load_metric
+from .intervals import by_prompt, clustered_mean, mean_interval
+from .reward_metric import RewardMetric, load_metric
 from .win_rate import WinRate, win_rate
 
 
-__all__ = ["RewardMetric", "WinRate", "by_prompt", "clustered_mean", "load_metric", "win_rate"]
+__all__ = ["RewardMetric", "WinRate", "by_prompt", "clustered_mean", "load_metric", "mean_interval", "win_rate"]

@@ -29,6 +29,7 @@ from torch import nn
 
 from ..rewards import Reward, load_reward, reward_name, score_pictures, to_pil
 from ..rewards.remote import encode_png
+from .intervals import by_prompt, clustered_mean
 
 
 INPUTS = """
@@ -166,30 +167,3 @@ def load_metric(reward: str | Reward, **options: Any) -> RewardMetric:
         **options: passed to [`load_reward`] where `reward` is a name.
     """
     return RewardMetric(load_reward(reward, **options))
-
-
-def by_prompt(values: np.ndarray, prompts: list[str]) -> dict[str, np.ndarray]:
-    """The values of each prompt, without NaN; prompts without any are left out."""
-    groups: dict[str, list[float]] = {}
-    for value, prompt in zip(values.tolist(), prompts, strict=True):
-        if not math.isnan(value):
-            groups.setdefault(prompt, []).append(value)
-    return {prompt: np.array(group) for prompt, group in groups.items()}
-
-
-def clustered_mean(groups: list[np.ndarray]) -> tuple[float, float]:
-    """
-    Mean over all values and its standard error, with the values of one group taken for dependent (cluster-robust).
-
-    With one value a group the error is the usual std / sqrt(n): [[1], [3]] gives 2 and 1. NaN where there is no value,
-    or only one group.
-    """
-    if not groups:
-        return math.nan, math.nan
-    values = np.concatenate(groups)
-    mean = values.mean()
-    if len(groups) == 1:
-        return float(mean), math.nan
-    sums = np.array([(group - mean).sum() for group in groups])
-    error = math.sqrt(len(groups) / (len(groups) - 1) * np.square(sums).sum()) / len(values)
-    return float(mean), error

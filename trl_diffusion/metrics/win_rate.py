@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from .reward_metric import PictureMetric, by_prompt
+from .intervals import by_prompt
+from .reward_metric import PictureMetric
 
 
 class WinRate(PictureMetric):

@@ -47,7 +47,7 @@ REWARDS = {
     "ocr": "trl_diffusion.rewards.ocr:OCRReward",
     "pickscore": "trl_diffusion.rewards.clip:PickScoreReward",
     "remote": "trl_diffusion.rewards.remote:RemoteReward",
-    "shapes-clip": "trl_diffusion.shapes.reward:ShapesCLIPReward",
+    "shapes-clip": "trl_diffusion.rewards.shapes_clip:ShapesCLIPReward",
     "shapes-judge": "trl_diffusion.shapes:attribute_share",
     "vqa": "trl_diffusion.rewards.vqa:VQAReward",
 }
@@ -216,7 +216,7 @@ def _check_named(spec: str | Mapping[str, Any]) -> RewardSpec:
         if place is not None and place.startswith(("/", "./", "../", "~")) and not Path(place).expanduser().is_dir():
             raise ValueError(f"The reward {spec!r} names the folder {place!r}, which does not exist.")
     elif place is not None:
-        raise ValueError(f"The reward {name!r} takes no place after a colon, got {spec!r}.")
+        raise ValueError(f"The reward {name!r} takes nothing after a colon but options, got {spec!r}.")
     if parsed.options:
         checked_options(spec, _named(parsed, spec), parsed.options, name in WITH_PLACE)
     return parsed

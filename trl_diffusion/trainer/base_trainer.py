@@ -16,6 +16,7 @@
 
 import contextlib
 import copy
+import itertools
 import json
 import os
 import tempfile
@@ -31,8 +32,8 @@ import numpy as np
 import psutil
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
-from datasets import Dataset
+from accelerate.utils import DistributedType, parse_flag_from_env
+from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from diffusers.utils import logging as diffusers_logging
@@ -47,21 +48,20 @@ from transformers.trainer_utils import set_seed
 from transformers.utils import logging as transformers_logging
 
 from ..data.columns import ColumnReader
-from ..data.prompt_cache import PromptCache
-from ..data.prompts import check_prompts
-from ..data.sampler import GroupSampler
+from ..data.prompts import check_prompts, column_names
+from ..data.sampler import BucketSampler, GroupSampler, GroupStream
 from ..flow import shifted_schedule, transition_coefficients
 from ..hub import check_lora_config, check_names, hub_id, plain_network, save_adapter
-from ..models import load_flow_model, sample_latents, whole_weights
+from ..models import Conditioning, load_flow_model, open_prompt_store, sample_latents, whole_weights
 from ..models.quantization import check_quantization, quantization_config
 from ..rewards import Reward, asks_for_column, check_reward, load_rewards, score_images
 from .base_config import DiffusionConfig
 from .callbacks import EpochCallback, SampleImagesCallback, Samples
-from .evaluating import EvaluationMixin
+from .evaluating import EvaluationMixin, evaluation_share
 from .measures import RunningMetrics, lora_update_norm
 from .publishing import PublishingMixin
 from .reliable_trainer import OptimizerWithModes, ReliableTrainer
-from .sharding import gathered, keep_float32_inputs, shard_on_cpu, trains_on_several_cpu_processes
+from .sharding import gathered, keep_float32_inputs
 from .updates import check_optimizer_holds, check_optimizers
 
 
@@ -110,7 +110,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         model: str | DiffusionPipeline,
         reward_funcs: str | Reward | list[str | Reward],
         args: DiffusionConfig | None = None,
-        train_dataset: Dataset | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
@@ -130,7 +130,9 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
             transformers_logging.disable_progress_bar()
             diffusers_logging.disable_progress_bar()
         # Everything that can be refused is refused before weights are loaded.
-        check_prompts(train_dataset, "train_dataset")
+        check_prompts(train_dataset, "train_dataset", may_stream=True)
+        if isinstance(train_dataset, IterableDataset):
+            check_stream(args)
         if eval_dataset is not None:
             check_prompts(eval_dataset, "eval_dataset")
         elif args.eval_strategy != "no":
@@ -143,7 +145,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         watch_specs = list(watch_specs) if isinstance(watch_specs, list | tuple) else [watch_specs]
         if not reward_specs:
             raise ValueError("reward_funcs is empty. Pass at least one reward.")
-        columns = set(train_dataset.column_names) - {"prompt"}
+        columns = set(column_names(train_dataset)) - {"prompt"}
         if eval_dataset is not None:
             columns &= set(eval_dataset.column_names)
         for spec in [*reward_specs, *watch_specs]:
@@ -179,13 +181,17 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         if isinstance(optimizers[0], OptimizerWithModes):
             args.check_optimizer_with_modes(f"The optimizer {type(optimizers[0]).__name__}")
         self._check_before_loading(args, train_dataset, reward_specs)
-        self._sampler = self._make_sampler(args, train_dataset)
         self._column_reader = ColumnReader(
             lambda column: any(asks_for_column(spec, column) for spec in [*reward_specs, *watch_specs]),
             args.process_index,
             args.world_size,
         )
-        train_dataset = self._column_reader.prepare(train_dataset, "train_dataset")
+        if isinstance(train_dataset, IterableDataset):
+            train_dataset = self._column_reader.prepare(train_dataset, "train_dataset")
+            self._sampler = self._make_sampler(args, train_dataset)
+        else:
+            self._sampler = self._make_sampler(args, train_dataset)
+            train_dataset = self._column_reader.prepare(train_dataset, "train_dataset")
         if eval_dataset is not None:
             eval_dataset = self._column_reader.prepare(eval_dataset, "eval_dataset")
         if args.should_save:
@@ -228,7 +234,11 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         weights = [1.0] * len(self.rewards) if args.reward_weights is None else args.reward_weights
         self.reward_weights = torch.tensor(weights, dtype=torch.float32)
 
-        self._encode_prompts(args, train_dataset, eval_dataset)
+        if isinstance(train_dataset, IterableDataset):
+            # Each process reads the stream and takes its rows of it; the trainer's loader would send tensors around.
+            args.accelerator_config.dispatch_batches = False
+            train_dataset = self._sampler
+        self._prepare_conditioning(args, train_dataset, eval_dataset)
         if not args.offload_frozen:
             for module in self.frozen_modules:
                 module.to(args.device)
@@ -304,11 +314,13 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         """
 
     @abstractmethod
-    def _make_sampler(self, args: DiffusionConfig, train_dataset: Dataset) -> GroupSampler:
+    def _make_sampler(
+        self, args: DiffusionConfig, train_dataset: Dataset | IterableDataset
+    ) -> GroupSampler | BucketSampler | GroupStream:
         """The order of the training rows; made before weights are loaded, so that it can refuse the dataset."""
 
     def _check_before_loading(
-        self, args: DiffusionConfig, train_dataset: Dataset, reward_specs: list[str | Reward]
+        self, args: DiffusionConfig, train_dataset: Dataset | IterableDataset, reward_specs: list[str | Reward]
     ) -> None:
         """Checks of a subclass that need no weights."""
 
@@ -331,19 +343,57 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
     def _default_peft_config(self) -> LoraConfig:
         return LoraConfig(**DEFAULT_LORA, target_modules=self.flow.lora_target_modules)
 
-    def _encode_prompts(self, args: DiffusionConfig, *prompt_datasets: Dataset | None) -> None:
-        prompts = [prompt for dataset in prompt_datasets if dataset is not None for prompt in dataset["prompt"]]
-        for encoder in self.flow.text_encoders.values():
-            encoder.to(args.device)
-        self.prompt_cache = PromptCache.build(self.flow, prompts, in_memory_only=not args.cache_prompt_embeds)
-        self.flow.free_text_encoders()
+    def _prepare_conditioning(
+        self, args: DiffusionConfig, train_dataset: Dataset | IterableDataset, eval_dataset: Dataset | None
+    ) -> None:
+        store = open_prompt_store(self.flow, args.prompt_cache_gib) if args.cache_prompt_embeds else None
+        window = -(-args.prompt_window // args.world_size)
+        self.conditioning = Conditioning(self.flow, args.device, window, store)
+        self.conditioning.upcoming = self._upcoming_prompts
+        if isinstance(train_dataset, Dataset):
+            datasets = [train_dataset] if eval_dataset is None else [eval_dataset, train_dataset]
+            prompts: dict[str, None] = {}
+            for prompt in itertools.chain.from_iterable(dataset["prompt"] for dataset in datasets):
+                prompts[prompt] = None
+                if len(prompts) > args.prompt_window:
+                    break
+            else:
+                self.conditioning.keep_all(prompts)
+                return
+        if eval_dataset is not None:
+            share = evaluation_share(args.num_eval_images, args.process_index, args.world_size)
+            prompts = dict.fromkeys(eval_dataset[index % len(eval_dataset)]["prompt"] for index in share)
+            if len(prompts) <= window:
+                self.conditioning.keep(prompts)
+
+    @abstractmethod
+    def _upcoming_rows(self) -> Iterator[int | dict[str, Any]]:
+        """The rows that this process will train from now on, without end, as its sampler gives them."""
+
+    def _upcoming_prompts(self) -> Iterator[str]:
+        if isinstance(self._sampler, GroupStream):
+            return (row["prompt"] for row in self._upcoming_rows())
+        prompts = self.train_dataset.select_columns("prompt")
+        return (prompts[row]["prompt"] for row in self._upcoming_rows())
+
+    def first_prompts(self, count: int) -> list[str]:
+        """The first distinct prompts to show, of the evaluation dataset where there is one."""
+        dataset = self.train_dataset if self.eval_dataset is None else self.eval_dataset
+        if isinstance(dataset, GroupStream):
+            prompts = (row["prompt"] for row in dataset.stream)
+        else:
+            prompts = iter(dataset["prompt"])
+        # Of a long dataset the beginning is enough.
+        return list(dict.fromkeys(itertools.islice(prompts, 100 * count)))[:count]
 
     def create_accelerator_and_postprocess(self) -> None:
-        args = self.args
-        wants_fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP") or args.fsdp_plugin_args is not None
-        if wants_fsdp and trains_on_several_cpu_processes():
-            shard_on_cpu(FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {})), args.mixed_precision)
         super().create_accelerator_and_postprocess()
+        wants_fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP") or self.args.fsdp_plugin_args is not None
+        if wants_fsdp and self.accelerator.distributed_type == DistributedType.MULTI_CPU:
+            raise ValueError(
+                "FSDP2 is asked for on processes without accelerators, where accelerate does not shard. Use zero2 or "
+                "zero3 to shard on CPUs, or multi_gpu, which copies the weights to each process."
+            )
         if self.is_fsdp_enabled:
             keep_float32_inputs(self.accelerator.state.fsdp_plugin)
 
@@ -352,7 +402,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         if self._signature_columns is None:
             self._signature_columns = ["prompt"]
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GroupSampler:
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GroupSampler | BucketSampler:
         return self._sampler
 
     @property
@@ -485,7 +535,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
             latents = sample_latents(
                 self.flow,
                 partial(self.velocity, model),
-                partial(self.prompt_cache.get, device=self.args.device),
+                self.conditioning.get,
                 prompts,
                 seeds,
                 self.sigmas,
@@ -697,6 +747,19 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
             load_torch_model(
                 self.network, Path(resume_from_checkpoint) / TRANSFORMER_SUBFOLDER, filename_pattern=WEIGHTS_PATTERN
             )
+
+
+def check_stream(args: DiffusionConfig) -> None:
+    """Refuse settings that a streamed dataset does not go with."""
+    if args.max_steps <= 0:
+        raise ValueError(
+            f"max_steps is {args.max_steps}, but train_dataset is a stream, which does not tell its length. Set max_steps."
+        )
+    if args.dataloader_num_workers > 0:
+        raise ValueError(
+            f"dataloader_num_workers={args.dataloader_num_workers}, but train_dataset is a stream, which is read ahead in "
+            "the process that trains, so that its prompts are encoded in time. Set it to 0."
+        )
 
 
 def _identity(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -84,7 +84,8 @@ def check_settings_act(config: TrainingArguments) -> None:
     for field in fields(config):
         default = field.default if field.default_factory is MISSING else field.default_factory()
         value = vars(config)[field.name]
-        if field.name in CANNOT_ACT and value != default:
+        is_default = value == default or (default == "no" and value is False)  # a command line's, where yes is True
+        if field.name in CANNOT_ACT and not is_default:
             raise ValueError(
                 f"{field.name}={value!r} is not supported: it cannot act in this trainer. {CANNOT_ACT[field.name]} "
                 f"Leave it at {default!r}."

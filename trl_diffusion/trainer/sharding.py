@@ -20,8 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin, TorchDynamoPlugin
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -53,30 +52,6 @@ def set_bucket_sizes(plugin: DeepSpeedPlugin) -> None:
     for name, size in BUCKET_SIZES.items():
         if zero.get(name, "auto") == "auto":
             zero[name] = size
-
-
-def shard_on_cpu(plugin: FullyShardedDataParallelPlugin, mixed_precision: str) -> None:
-    """
-    Switch FSDP on for processes that train on the CPU. accelerate ignores the request there, and trains with DDP;
-    PyTorch's FSDP2 runs on gloo as on NCCL.
-
-    To be called before the `Accelerator` is made, which takes this state over.
-
-    Args:
-        plugin ([`~accelerate.FullyShardedDataParallelPlugin`]): how to shard.
-        mixed_precision (`str`): "no", "fp16" or "bf16".
-    """
-    state = AcceleratorState(mixed_precision, cpu=True, dynamo_plugin=TorchDynamoPlugin(), _from_accelerator=True)
-    # Every later AcceleratorState() takes this over from PartialState.
-    state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
-    state.fsdp_plugin = plugin
-    if mixed_precision != "no":
-        plugin.set_mixed_precision(mixed_precision)
-
-
-def trains_on_several_cpu_processes() -> bool:
-    """Whether accelerate's state, which exists by now, is that of CPU processes."""
-    return PartialState().distributed_type == DistributedType.MULTI_CPU
 
 
 def keep_float32_inputs(plugin: FullyShardedDataParallelPlugin) -> None:

@@ -12,12 +12,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""`shapes-clip` as a reward."""
+"""`shapes-clip`, the small CLIP model of the embedded world, as a reward."""
 
 import torch
 
-from ..rewards.pretrained import TwoTowerReward
-from .clip import load_clip, preprocess
+from ..shapes import load_clip, preprocess
+from .pretrained import TwoTowerReward
 
 
 class ShapesCLIPReward(TwoTowerReward):
