@@ -176,8 +176,8 @@ def test_dataset_of_another_kind(make_trainer):
     with pytest.raises(TypeError, match="must be a datasets.Dataset, got list"):
         make_trainer(train_dataset=["a cat"])
     stream = Dataset.from_list([{"prompt": "a"}]).to_iterable_dataset()
-    with pytest.raises(TypeError, match="got IterableDataset"):
-        make_trainer(train_dataset=stream)
+    with pytest.raises(TypeError, match="eval_dataset must be a datasets.Dataset, got IterableDataset"):
+        make_trainer(eval_dataset=stream)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_non_finite_loss_is_not_applied(make_trainer):
 
 def test_evaluation_prompts_must_be_known(make_trainer):
     trainer = make_trainer()
-    with pytest.raises(ValueError, match="evaluation prompt 'unseen' was not among the datasets"):
+    with pytest.raises(ValueError, match="The prompt 'unseen' was not among the datasets"):
         trainer.evaluate(Dataset.from_list([{"prompt": "unseen"}]))
 
 
