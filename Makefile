@@ -65,6 +65,7 @@ campaigns: $(INSTALLED_ALL)
 	PYTHONPATH=tests $(BIN)/python tests/campaigns/launchers.py
 	PYTHONPATH=tests $(BIN)/python tests/campaigns/full_disk.py
 	PYTHONPATH=tests $(BIN)/python tests/campaigns/exits.py --launches 100
+	PYTHONPATH=tests $(BIN)/python tests/campaigns/resizing.py
 
 lint: $(INSTALLED_ALL)
 	$(BIN)/ruff check .

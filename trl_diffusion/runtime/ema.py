@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .sharding import HeldWeights
 
@@ -48,7 +49,7 @@ class WeightAverage:
         """Take the weights into the average; after each optimizer step."""
         decay = min(self.decay, (1 + self._steps) / (10 + self._steps)) if self._steps else 0.0
         weights = [weight.detach() for weight in self.weights.tensors().values()]
-        torch._foreach_lerp_(list(self.averages.values()), weights, 1 - decay)
+        get_ema_multi_avg_fn(decay)(list(self.averages.values()), weights, self._steps)
         self._steps += 1
 
     def reset(self) -> None:
