@@ -851,20 +851,6 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"No sampling step lies in sigma_range=\[0.31, 0.35\]; the schedule is"):
             make_trainer(estimator="refl", sigma_range=[0.31, 0.35])
 
-    def test_a_pass_that_trains_nothing_is_told(self, make_trainer, caplog):
-        class TooHigh(RewardModel):
-            name = "too_high"
-
-            def score(self, images, prompts):
-                return 100 + images.mean(dim=(1, 2, 3))
-
-        trainer = make_trainer(reward_funcs=TooHigh(), preference="absolute", max_steps=2, logging_steps=2)
-        trainer.train()
-        logs = next(log for log in trainer.state.log_history if "loss" in log)
-        assert (logs["denoise/active"], logs["inversion/active"]) == (0, 1)
-        assert "denoise/active was 0 in all micro-batches since the last log" in caplog.text
-        assert "inversion/active was 0" not in caplog.text
-
     def test_non_finite_loss_names_the_prompts(self, make_trainer):
         class Breaks(RewardModel):
             name = "breaks"
