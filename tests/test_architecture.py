@@ -31,8 +31,7 @@ ROOT = Path(trl_diffusion.__file__).parent
 LEAVES = {"flow", "objectives", "data", "shapes", "paths", "version"}
 MIDDLE = {"models", "rewards", "evaluation", "hub", "metrics", "runtime"}
 HEIGHT = {**dict.fromkeys(LEAVES, 0), **dict.fromkeys(MIDDLE, 1), "trainer": 2, "cli": 3}
-# Against the arrows for now: the cache of the prompts' embeddings takes a FlowModel.
-EXCEPTIONS = {("trl_diffusion.data.prompt_cache", "models")}
+EXCEPTIONS: set[tuple[str, str]] = set()
 # "trl_diffusion.rewards.ocr:OCRReward" and ".trainer": modules that are imported by name.
 DOTTED = re.compile(r"(trl_diffusion\.[\w.]+|\.\w[\w.]*)(:\w+)?")
 

@@ -16,6 +16,7 @@
 
 import ast
 import http.server
+import itertools
 import json
 import logging
 import os
@@ -31,7 +32,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from trl_diffusion.rewards import RemoteReward
-from trl_diffusion.trainer.checkpoints import MANIFEST_NAME, write_manifest
+from trl_diffusion.runtime.checkpoints import MANIFEST_NAME, write_manifest
 
 
 PACKAGE = Path(__file__).parents[1] / "trl_diffusion"
@@ -139,7 +140,8 @@ def test_unusual_prompts_train_and_are_written(tmp_path, kind):
     images = trainer.generate(prompts, range(len(prompts)))
     assert torch.isfinite(images).all()
     # Longer prompts are cut where the encoders end, and are prompts of their own all the same.
-    assert len(trainer.prompt_cache) == len(prompts)
+    embeddings = [trainer.conditioning.get([prompt])["prompt_embeds"] for prompt in prompts]
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(embeddings, 2))
 
 
 @pytest.mark.parametrize("prompt", list(PROMPTS.values()), ids=list(PROMPTS))

@@ -54,7 +54,7 @@ from transformers import TrainerCallback
 import trl_diffusion
 from trl_diffusion import ChunkGRPOConfig, ChunkGRPOTrainer, shapes
 from trl_diffusion.models import FluxFlowModel
-from trl_diffusion.trainer.sharding import BUCKET_SIZES
+from trl_diffusion.runtime.sharding import BUCKET_SIZES
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from trl_diffusion.trainer.checkpoints import checkpoints, last_whole_checkpoint
-from trl_diffusion.trainer.reliable_trainer import RESERVE_BYTES
+from trl_diffusion.runtime.checkpoints import checkpoints, last_whole_checkpoint
+from trl_diffusion.runtime.reliable_trainer import RESERVE_BYTES
 
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -39,7 +39,7 @@ import torch
 from campaigns.tiny_runs import TRAINERS, make_trainer, save_trained
 from safetensors.torch import load_file
 
-from trl_diffusion.trainer.checkpoints import last_whole_checkpoint
+from trl_diffusion.runtime.checkpoints import last_whole_checkpoint
 
 
 PHASES = ("rollout", "reward", "update", "save")

@@ -15,7 +15,7 @@
 from dataclasses import fields
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from trl_diffusion.cli import chunk_grpo, srpo
 from trl_diffusion.cli.prompts import load_prompts
@@ -94,6 +94,34 @@ def test_presets_of_the_command_are_those_of_the_class(tmp_path, command):
         assert different == []
 
 
+@pytest.mark.parametrize(("command", "config"), COMMANDS)
+def test_a_preset_has_its_rewards_which_file_and_command_line_override(command, config, tmp_path):
+    required = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", str(tmp_path), "--use_cpu"]
+    (tmp_path / "run.yaml").write_text("reward_funcs: [aesthetic]\n")
+    for name, rewards in config.PRESET_REWARDS.items():
+        for more, expected in [
+            ([], rewards),
+            (["--config", str(tmp_path / "run.yaml")], ["aesthetic"]),
+            (["--reward_funcs", "clip:scale=2"], ["clip:scale=2"]),
+        ]:
+            script, _ = command.make_parser().parse_args_and_config([*required, "--preset", name, *more])
+            assert script.reward_funcs == expected
+
+
+def test_a_file_gives_rewards_their_options(tmp_path):
+    text = "model_name_or_path: m\ndataset_name: d\n" + (
+        "reward_funcs: [{name: pickscore, scale: 0.05}, hpsv2:dtype=bfloat16]\n"
+        "watch_reward_funcs: {name: clip, reward_batch_size: 4}\n"
+    )
+    (tmp_path / "run.yaml").write_text(text + f"output_dir: {tmp_path}\n")
+    script, _ = chunk_grpo.make_parser().parse_args_and_config(["--config", str(tmp_path / "run.yaml")])
+    assert script.reward_funcs == [{"name": "pickscore", "scale": 0.05}, "hpsv2:dtype=bfloat16"]
+    assert script.watch_reward_funcs == [{"name": "clip", "reward_batch_size": 4}]
+    (tmp_path / "run.yaml").write_text(text.replace("scale", "scal") + f"output_dir: {tmp_path}\n")
+    with pytest.raises(ValueError, match="no option 'scal'"):
+        chunk_grpo.make_parser().parse_args_and_config(["--config", str(tmp_path / "run.yaml")])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -125,11 +153,11 @@ def test_wrong_file(tmp_path, text, message):
 
 def test_numbers_and_words_that_yaml_reads_otherwise(tmp_path):
     # YAML 1.1: 1e-5 is a string and a bare no is false.
-    text = "learning_rate: 1e-5\neval_strategy: no\nreward_weights: [1e-1]\nwatch_reward_funcs: ocr:a.b\nlog_samples: off\n"
+    text = "learning_rate: 1e-5\neval_strategy: no\nreward_weights: [1e-1]\nwatch_reward_funcs: ocr:re.findall\nlog_samples: off\n"
     script, config = parse(tmp_path, [], text)
     assert config.learning_rate == 1e-5 and config.eval_strategy == "no"
     assert config.reward_weights == [0.1] and config.log_samples is False
-    assert script.watch_reward_funcs == ["ocr:a.b"]
+    assert script.watch_reward_funcs == ["ocr:re.findall"]
 
 
 def test_prompts_from_folders(tmp_path):
@@ -159,6 +187,9 @@ def test_streaming_takes_the_first_rows(tmp_path, kind):
         source, names = "shapes", load_prompts("shapes")["prompt"][:5]
     streamed = load_prompts(str(source), streaming=True, max_prompts=3)
     assert isinstance(streamed, Dataset) and streamed["prompt"][:] == names[:3]
+    stream = load_prompts(str(source), streaming=True)
+    assert isinstance(stream, IterableDataset)
+    assert [row["prompt"] for row in stream.take(5)] == names[:5]
     assert load_prompts(str(source), max_prompts=2)["prompt"][:] == names[:2]
     assert len(load_prompts(str(source), max_prompts=10**6)) >= 5
 
@@ -171,9 +202,6 @@ def test_prompts_in_another_column(tmp_path):
         load_prompts(str(path), prompt_column="text")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"), [({"streaming": True}, "needs max_prompts"), ({"max_prompts": 0}, "at least 1, got 0")]
-)
-def test_impossible_numbers_of_prompts(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        load_prompts("shapes", **arguments)
+def test_impossible_numbers_of_prompts():
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        load_prompts("shapes", max_prompts=0)

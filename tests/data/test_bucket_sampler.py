@@ -89,3 +89,16 @@ def test_order_of_one_bucket_does_not_depend_on_the_batches():
 def test_too_few_rows_names_the_numbers():
     with pytest.raises(ValueError, match=r"has 5 rows in 2 aspect buckets of \[3, 2\] rows.* batch of 4 \(2 x 2 proc"):
         BucketSampler([0, 1, 0, 1, 0], 2, 2, 0)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 4, 5])
+def test_what_comes_next_is_what_the_data_loader_gives(batch):
+    sampler = BucketSampler([0, 1, 1, 0, 0, 1, 0, 1, 0], batch_size=2, num_processes=2, seed=1)  # two batches an epoch
+    rows = []
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        rows += list(sampler)
+    for process in range(2):
+        batches = [rows[start : start + 2] for start in range(2 * process, len(rows), 4)][batch:]
+        upcoming = sampler.upcoming(batch, process)
+        assert [next(upcoming) for _ in range(2 * len(batches))] == sum(batches, [])

@@ -14,11 +14,14 @@
 
 """The order of prompts: the same images in every optimizer step whatever the number of processes."""
 
+import itertools
+
 import pytest
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_diffusion.data.sampler import GroupSampler
+from trl_diffusion.data.sampler import GroupSampler, GroupStream
 
 
 def rows_of(sampler, process, processes, batch_size, steps):
@@ -73,3 +76,61 @@ def test_every_prompt_once_an_epoch():
 def test_too_few_prompts_names_both_numbers():
     with pytest.raises(ValueError, match="has 3 prompts, but a generation needs 4"):
         GroupSampler(3, 2, 8, 1, 1, repeats=1, seed=0)
+
+
+@pytest.mark.parametrize("generation", [0, 2, 3, 7])
+@pytest.mark.parametrize(("processes", "batch_size", "num_generations"), [(1, 4, 2), (2, 4, 2), (2, 2, 4)])
+def test_what_comes_next_is_what_the_data_loader_gives(generation, processes, batch_size, num_generations):
+    steps, repeats = 2, 4
+    sampler = GroupSampler(9, num_generations, batch_size, steps, processes, repeats, seed=5)
+    for process in range(processes):
+        seen = []
+        for epoch in range(4):
+            sampler.set_epoch(epoch)
+            batches = rows_of(sampler, process, processes, batch_size, steps)[::repeats]
+            seen += [list(dict.fromkeys(batch)) for batch in batches]
+        expected = [row for batch in seen[generation:] for row in batch]
+        sampler.set_epoch(0)
+        upcoming = sampler.upcoming(generation, process)
+        assert [next(upcoming) for _ in expected] == expected
+
+
+def stream_of(count):
+    return Dataset.from_list([{"prompt": f"prompt {i}"} for i in range(count)]).to_iterable_dataset()
+
+
+@pytest.mark.parametrize(("processes", "batch_size", "num_generations"), [(1, 4, 2), (2, 4, 2), (2, 2, 4)])
+def test_a_stream_is_laid_out_as_a_dataset_in_its_own_order(processes, batch_size, num_generations):
+    arguments = {
+        "num_generations": num_generations, "batch_size": batch_size, "steps": 2, "num_processes": processes, "repeats": 4,
+    }  # fmt: skip
+    sampler = GroupSampler(11, **arguments, seed=0, shuffle=False)
+    expected = [f"prompt {row}" for row in sampler]
+    stream = GroupStream(stream_of(11), **arguments)
+    rows = [row["prompt"] for row in itertools.islice(stream, 2 * len(expected))]
+    assert rows == 2 * expected  # it begins anew
+    upcoming = GroupStream(stream_of(11), **arguments).upcoming(1, processes - 1)
+    others = sampler.upcoming(1, processes - 1)
+    assert [next(upcoming)["prompt"] for _ in range(9)] == [f"prompt {next(others)}" for _ in range(9)]
+
+
+def test_looking_ahead_takes_nothing_from_the_data_loader():
+    stream = GroupStream(stream_of(11), num_generations=1, batch_size=2, steps=1, num_processes=1, repeats=1)
+    loader = iter(stream)
+    taken = [next(loader)["prompt"] for _ in range(4)]  # two generations
+    ahead = stream.upcoming(1, 0)
+    assert [next(ahead)["prompt"] for _ in range(6)] == [f"prompt {i}" for i in range(2, 8)]
+    assert taken + [next(loader)["prompt"] for _ in range(6)] == [f"prompt {i}" for i in range(10)]
+
+
+def test_a_shuffled_stream_has_another_order_in_each_pass():
+    stream = GroupStream(stream_of(40).shuffle(seed=3, buffer_size=40), 1, 4, 1, 1, 1)
+    rows = [row["prompt"] for row in itertools.islice(stream, 80)]
+    assert sorted(rows[:40]) == sorted(rows[40:]) and rows[:40] != rows[40:]
+    assert rows == [row["prompt"] for row in itertools.islice(stream, 80)]
+
+
+def test_a_stream_too_short_for_a_generation():
+    stream = GroupStream(stream_of(3), num_generations=2, batch_size=8, steps=1, num_processes=1, repeats=1)
+    with pytest.raises(ValueError, match="has 3 rows, but a generation needs 4"):
+        next(iter(stream))

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from trl_diffusion import ChunkGRPOConfig, ChunkGRPOTrainer, SRPOConfig, SRPOTrainer
 from trl_diffusion.cli.main import main
 from trl_diffusion.cli.training import make_parser
-from trl_diffusion.rewards import check_reward, is_differentiable
+from trl_diffusion.rewards import check_reward, is_differentiable, parse_spec
 
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
@@ -60,7 +60,7 @@ def test_the_command_line_takes_it(path):
     assert script_args.model_name_or_path == "black-forest-labs/FLUX.1-dev"
     (spec,) = script_args.reward_funcs
     check_reward(spec)
-    assert spec == reward or (
+    assert parse_spec(spec).name == reward or (
         spec.startswith("remote:") and (method, reward, place) == ("chunk_grpo", "hpsv3", "24gb")
     )
     assert method == "chunk_grpo" or is_differentiable(spec)
@@ -83,8 +83,7 @@ def test_the_command_line_takes_it(path):
         ("chunk_grpo/flux_hpsv2_paper.yaml", ChunkGRPOConfig.PRESETS["chunk_grpo"]),
         ("chunk_grpo/flux_pickscore_paper.yaml", ChunkGRPOConfig.PRESETS["chunk_grpo"]),
         ("srpo/flux_hpsv2_paper.yaml", SRPOConfig.PRESETS["srpo_hpsv2"]),
-        # In a file the score has no scale: weight and threshold stand for it, see the next test.
-        ("srpo/flux_pickscore_paper.yaml", {**SRPOConfig.PRESETS["srpo_pickscore"], "reward_threshold": 14.0}),
+        ("srpo/flux_pickscore_paper.yaml", SRPOConfig.PRESETS["srpo_pickscore"]),
     ],
 )
 def test_the_papers_settings_are_the_presets(name, preset):
@@ -95,12 +94,12 @@ def test_the_papers_settings_are_the_presets(name, preset):
 
 
 @pytest.mark.parametrize(("reward", "scale"), [("pickscore", 1 / 20), ("hpsv3", 1 / 15)])
-def test_weight_and_threshold_stand_for_the_scale(reward, scale):
-    """w relu(t' - r) = relu(0.7 - scale r) for w = scale and t' = 0.7 / scale."""
+def test_scores_are_scaled_to_the_threshold(reward, scale):
     for path in CONFIGS.glob(f"srpo/flux_{reward}_*.yaml"):
-        _, config = parse(path)
-        assert config.reward_weights == pytest.approx([scale], rel=1e-3)
-        assert config.reward_threshold == pytest.approx(0.7 / scale)
+        script_args, config = parse(path)
+        (spec,) = script_args.reward_funcs
+        assert float(parse_spec(spec).options["scale"]) == pytest.approx(scale, rel=1e-3)
+        assert config.reward_threshold == 0.7 and config.reward_weights is None
 
 
 @pytest.mark.parametrize("method", ["chunk_grpo", "srpo"])

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -33,7 +34,9 @@ from trl_diffusion.rewards import (
     check_reward,
     load_reward,
     load_rewards,
+    parse_spec,
     reward_name,
+    usual_range,
 )
 
 
@@ -77,7 +80,7 @@ def read_texts(images):
         ("remote:http://user:secret@host", "'host' holds a user or a password"),
         ("ocr", "needs the dotted path of a recogniser"),
         ("ocr:reader", "needs the dotted path of a recogniser"),
-        ("shapes-clip:/weights", "takes no place after a colon"),
+        ("shapes-clip:/weights", "takes nothing after a colon but options"),
     ],
 )
 def test_specifications_that_are_refused_without_loading(spec, message):
@@ -92,7 +95,7 @@ def test_specifications_that_pass(tmp_path):
     for spec in [
         *(REWARDS.keys() - {"remote", "ocr"}),
         "remote:https://host/path",
-        "ocr:package.read",
+        "ocr:re.findall",
         f"clip:{tmp_path}",
     ]:
         check_reward(spec)
@@ -116,11 +119,131 @@ def test_the_recogniser_is_found():
         (functools.partial(lambda images, prompts, photo, scale: [], scale=2), True),
         (max, True),
         ("hpsv2", False),
+        ("shapes-judge", False),
+        ("ocr:re.findall", False),
+        ("vqa", False),
         ("remote:http://127.0.0.1:8000", True),
     ],
 )
 def test_columns_that_a_reward_asks_for(spec, asks):
     assert asks_for_column(spec, "photo") == asks
+
+
+TUNED = """
+from trl_diffusion.rewards import RewardModel
+
+class Tuned(RewardModel):
+    def __init__(self, strength: float, steps: int | None = 3, negated: bool = False, label="x"):
+        super().__init__()
+        self.options = (strength, steps, negated, label)
+
+def read_texts(images):
+    return []
+"""
+
+
+@pytest.fixture
+def tuned_module(tmp_path, monkeypatch):
+    """A module of the user's, for options by dotted path."""
+    (tmp_path / "tuned_rewards.py").write_text(TUNED)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tuned_rewards", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("spec", "place", "options"),
+    [
+        ("pickscore", None, {}),
+        ("pickscore:scale=0.05", None, {"scale": "0.05"}),
+        ("hpsv2:/path", "/path", {}),
+        ("hpsv2:/path,scale=2,dtype=bfloat16", "/path", {"scale": "2", "dtype": "bfloat16"}),
+        ("hpsv2:/runs/lr=1e-4,b/w", "/runs/lr=1e-4,b/w", {}),
+        ("clip:openai/clip-vit-base-patch32,scale=2", "openai/clip-vit-base-patch32", {"scale": "2"}),
+        ("remote:http://host:1?x=y", "http://host:1?x=y", {}),
+        ("remote:http://host:1/?x=y,timeout=5", "http://host:1/?x=y,timeout=5", {}),
+        ("remote:http://host:1,timeout=5,name=far", "http://host:1", {"timeout": "5", "name": "far"}),
+        (
+            "vqa:question=Is it {prompt}, yes or no?,name=v",
+            None,
+            {"question": "Is it {prompt}, yes or no?", "name": "v"},
+        ),
+        ({"name": "hpsv2:/path", "scale": 2}, "/path", {"scale": 2}),
+        ({"name": "remote:http://h?x=y,z=1", "timeout": 5}, "http://h?x=y,z=1", {"timeout": 5}),
+        ({"name": "pickscore:dtype=float32", "scale": 0.05}, None, {"dtype": "float32", "scale": 0.05}),
+    ],
+    ids=str,
+)
+def test_the_parts_of_a_specification(spec, place, options):
+    parsed = parse_spec(spec)
+    assert (parsed.place, parsed.options) == (place, options)
+
+
+def test_a_folder_that_looks_like_options_is_a_folder(tmp_path):
+    folder = tmp_path / "a,scale=3"
+    folder.mkdir()
+    parsed = parse_spec(f"hpsv2:{folder},scale=2")
+    assert (parsed.place, parsed.options) == (str(folder), {"scale": "2"})
+    check_reward(f"hpsv2:{folder},scale=2")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("pickscore:scal=0.05", "no option 'scal'. It has dtype, reward_batch_size, scale"),
+        ("pickscore:scale=big", "'scale' .* must be of type float, got 'big'"),
+        ({"name": "pickscore", "scale": "big"}, "'scale' .* must be of type float, got 'big'"),
+        ({"name": "pickscore", "scale": True}, "must be of type float, got True"),
+        ({"name": "pickscore", "scale": [1]}, r"must be of type float, got \[1\]"),
+        ("hpsv2:reward_batch_size=1.5", "must be of type int or None, got '1.5'"),
+        ("hpsv2:dtype=float16", "must be float32 or bfloat16 or None, got 'float16'"),
+        ("pickscore:scale=1,scale=2", "'scale' twice"),
+        ({"name": "pickscore:scale=1", "scale": 2}, "'scale' twice"),
+        ({"scale": 2}, "has no name"),
+        ("remote:http://host,url=x", "no option 'url'. It has token, batch_size"),
+        ("shapes-judge:scale=2", "is a function and takes no options"),
+        ("tuned_rewards.read_texts:scale=2", "is a function and takes no options"),
+        ("tuned_rewards.Tuned:power=2", "no option 'power'. It has strength, steps, negated, label"),
+        ("tuned_rewards.Tuned:strength=2,negated=maybe", "must be of type bool, got 'maybe'"),
+        ("hpsv2:/no/such/folder,scale=2", "'/no/such/folder', which does not exist"),
+    ],
+    ids=str,
+)
+def test_options_that_are_refused_without_loading(spec, message, tuned_module):
+    for check in (check_reward, load_reward):
+        with pytest.raises(ValueError, match=message):
+            check(spec)
+
+
+def test_options_of_a_class_of_the_users(tuned_module):
+    text = load_reward("tuned_rewards.Tuned:strength=2,steps=none,negated=true,label=7")
+    assert text.options == (2.0, None, True, "7")
+    assert load_reward({"name": "tuned_rewards.Tuned", "strength": 2}).options == (2.0, 3, False, "x")
+
+
+def test_options_in_text_mapping_and_python_are_the_same(tmp_path):
+    folder = clip_folder(tmp_path)
+    images = torch.full((1, 3, 30, 30), 0.3)
+    plain = load_reward(f"pickscore:{folder}").score(images, ["a"])
+    scaled = load_reward(f"pickscore:{folder},scale=0.05,dtype=float32")
+    torch.testing.assert_close(scaled.score(images, ["a"]), plain * 0.05)
+    assert load_reward({"name": f"pickscore:{folder}", "scale": 0.05, "dtype": "float32"}) is scaled
+    assert load_reward(f"pickscore:{folder}", scale=0.05, dtype=torch.float32) is scaled
+    assert usual_range(f"pickscore:{folder},scale=0.05") == usual_range(scaled) == pytest.approx((0.9, 1.2))
+    assert usual_range("shapes-clip") is usual_range(read_texts) is None
+
+
+def test_a_module_of_the_users_that_cannot_be_imported(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "needy_rewards.py").write_text("import no_such_package\n")
+    (tmp_path / "broken_rewards.py").write_text("def warmth(images, prompts)\n    return 1\n")
+    for spec, message in [
+        ("needy_rewards.warmth", "'needy_rewards' raises ModuleNotFoundError when it is imported: .*no_such_package"),
+        ("broken_rewards.warmth", "'broken_rewards' raises SyntaxError"),
+        ("absent_rewards.warmth", "there is no module 'absent_rewards'. Modules are looked for in the current folder"),
+        ("needy_rewards.sub.warmth", "'needy_rewards.sub' raises ModuleNotFoundError .*no_such_package"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            check_reward(spec)
 
 
 def test_options_need_a_name():

@@ -72,7 +72,7 @@ def test_scores():
     reward = OCRReward(reader("OPEN  now", "open", "something else entirely"))
     prompts = ['"open now"', '"open now"', '"open now"']
     # 4 characters of 8 are missing; the third has more wrong than the target is long
-    assert reward(IMAGES, prompts, other=[1, 2, 3]) == [1.0, 0.5, 0.0]
+    assert reward(IMAGES, prompts) == [1.0, 0.5, 0.0]
 
 
 def test_only_images_with_a_target_are_read():

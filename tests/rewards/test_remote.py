@@ -266,12 +266,27 @@ def test_a_reward_that_refuses_and_one_that_fails():
     def fails_once(images, prompts):
         calls.append(prompts)
         if len(calls) == 1:
-            raise MemoryError("full")
+            raise OSError("full")
         return [1.0]
 
     with serving(create_app(fails_once)) as url:
         assert remote(url)(shades(1), ["a"]) == [1.0]
     assert len(calls) == 2
+
+
+def test_a_reward_that_runs_out_of_memory_is_not_asked_again():
+    calls = []
+
+    async def hungry(prompts, images):  # called by name, as everywhere
+        calls.append(len(images))
+        raise MemoryError
+
+    with serving(create_app(hungry)) as url:
+        with pytest.raises(
+            RewardServerError, match="answered 507: .*ran out of memory on 4 images.* Lower batch_size, now 16"
+        ):
+            remote(url)(shades(4), ["a"] * 4)
+    assert calls == [4]
 
 
 # ---- Bad servers ----
@@ -504,7 +519,7 @@ def test_a_server_that_is_killed_half_way_and_comes_back(tmp_path):
         (["--reward", "shapes-judge", "--host", "example.org"], "reached from other machines. Give a --token"),
         (["--reward", "shapes-judge", "--token", " "], "token is empty"),
         (["--reward", "shapes-judge", "--dtype", "float16"], "invalid choice: 'float16'"),
-        (["--reward", "shapes-judge", "--dtype", "float32"], "takes no ['dtype']"),
+        (["--reward", "shapes-judge", "--dtype", "float32"], "takes no options, got ['dtype']"),
         ([], "required: --reward"),
     ],
 )

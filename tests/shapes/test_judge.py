@@ -155,7 +155,7 @@ def test_attribute_share_is_a_reward():
     scene = Scene("small", "red", "circle", "white")
     prompts = [scene.caption, "a large red circle on a white background", "a large blue cross on a black background"]
     images = draw([scene] * 3, "pale", torch.Generator().manual_seed(14))
-    assert attribute_share(images=images, prompts=prompts, another_column=[1, 2, 3]) == [1.0, 0.75, 0.0]
+    assert attribute_share(images=images, prompts=prompts) == [1.0, 0.75, 0.0]
 
 
 def test_no_images():

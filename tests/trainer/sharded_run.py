@@ -43,7 +43,7 @@ from peft import LoraConfig
 from tiny_models import tiny_flux_pipeline
 
 from trl_diffusion import ChunkGRPOConfig, ChunkGRPOTrainer, SRPOConfig, SRPOTrainer
-from trl_diffusion.trainer.checkpoints import MANIFEST_NAME, write_manifest
+from trl_diffusion.runtime.checkpoints import MANIFEST_NAME, write_manifest
 
 
 PROMPTS = [f"a {size} {color} circle" for size in ("small", "large") for color in ("red", "green", "blue", "white")]

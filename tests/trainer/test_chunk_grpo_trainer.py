@@ -284,7 +284,7 @@ class TestPolicy:
         (batch, _) = generation(trainer)
         sigmas = shifted_schedule(6)
         table = transition_coefficients(sigmas, sde_type)
-        conditioning = trainer.prompt_cache.get(batch.prompts)
+        conditioning = trainer.conditioning.get(batch.prompts)
         for i in range(5):
             with torch.no_grad():
                 velocity = trainer.velocity(trainer.model, batch.states[i], sigmas[i].float().expand(4), conditioning)

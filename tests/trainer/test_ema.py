@@ -19,8 +19,8 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from trl_diffusion.trainer.ema import WeightAverage
-from trl_diffusion.trainer.sharding import held_weights
+from trl_diffusion.runtime.ema import WeightAverage
+from trl_diffusion.runtime.sharding import held_weights
 
 
 @pytest.fixture

@@ -14,10 +14,12 @@
 
 """Networks as users pass them, the optimizers they pass along, and runs that would train nothing."""
 
+import logging
 import re
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -27,6 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from trl_diffusion.hub import save_adapter
+from trl_diffusion.runtime.updates import SILENT_STEPS, FirstUpdate
 
 from .conftest import trainable
 
@@ -233,6 +236,19 @@ class TestOptimizers:
         assert all((before[name] != weight).any() for name, weight in trainable(trainer).items() if weight.ndim > 1)
 
 
+class SilentSGD(SGD):
+    """Changes nothing in its first steps, as rectified optimizers do."""
+
+    def __init__(self, params, silent):
+        super().__init__(params, lr=1.0)
+        self.silent = silent
+
+    def step(self, closure=None):
+        self.silent -= 1
+        if self.silent < 0:
+            super().step(closure)
+
+
 class TestFirstUpdate:
     def test_an_optimizer_of_other_weights(self, make_trainer):
         trainer = make_trainer()
@@ -248,6 +264,29 @@ class TestFirstUpdate:
         trainer = make_trainer(peft_config=False, learning_rate=1e-30, weight_decay=0.0)
         with pytest.raises(RuntimeError, match="1e-30 changed none .*too small for the precision"):
             trainer.train()
+
+    def test_an_optimizer_that_is_silent_in_its_first_steps_is_waited_for(self):
+        def step_until(silent, steps):
+            network = torch.nn.Linear(2, 1)
+            optimizer = SilentSGD(network.parameters(), silent)
+            update = FirstUpdate(network, optimizer, None)
+            for _ in range(steps):
+                network(torch.ones(3, 2)).sum().backward()
+                optimizer.step()
+                update.check(skipped=False, accelerator=Accelerator(cpu=True))
+            return update.seen
+
+        assert not step_until(SILENT_STEPS, SILENT_STEPS)
+        assert step_until(SILENT_STEPS, SILENT_STEPS + 1)
+        with pytest.raises(RuntimeError, match=f"{SILENT_STEPS + 1} optimizer steps with .* rate 1 changed none"):
+            step_until(100, 100)
+
+    def test_a_run_that_ends_while_its_optimizer_is_silent_says_so(self, make_trainer, caplog, monkeypatch):
+        monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+        trainer = make_trainer(optimizer_cls_and_kwargs=(SilentSGD, {"silent": 9}), max_steps=2)
+        trainer.train()
+        assert "after 2 optimizer steps that changed none of the trained weights" in caplog.text
+        assert "SilentSGD may be silent in its first steps" in caplog.text
 
     def test_no_gradient_at_all(self, make_trainer):
         trainer = make_trainer()

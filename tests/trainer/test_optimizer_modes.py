@@ -32,6 +32,9 @@ SETTINGS = {"ema_decay": None, "max_steps": 3, "save_total_limit": None, "lr_sch
 def run(kind, folder, optim, **settings):
     if optim.endswith("sgd"):
         settings["learning_rate"] = 1000  # gradients are about 1e-5
+    if optim.endswith("radam"):
+        settings["learning_rate"] = 1  # of which its first steps take little
+        settings.setdefault("max_steps", 8)  # the first 5 change no weight
     trainer = make_trainer(kind, folder, **{**SETTINGS, "optim": optim, **settings})
     trainer.train(resume_from_checkpoint=(folder / "checkpoint-2").is_dir())
     return trainer
@@ -43,7 +46,10 @@ def assert_equal(one, two):
         assert torch.equal(weight, two[name]), name
 
 
-@pytest.mark.parametrize(("kind", "optim"), [("chunk_grpo", "schedule_free_adamw"), ("srpo", "schedule_free_sgd")])
+@pytest.mark.parametrize(
+    ("kind", "optim"),
+    [("chunk_grpo", "schedule_free_adamw"), ("srpo", "schedule_free_radam"), ("srpo", "schedule_free_sgd")],
+)
 def test_modes(tmp_path, kind, optim):
     whole = run(kind, tmp_path / "whole", optim)
     train = trainable(whole)

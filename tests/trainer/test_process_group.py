@@ -15,50 +15,53 @@
 """The process group is taken down when the interpreter exits, and the script's status stays."""
 
 import os
-import socket
 import subprocess
 import sys
-import textwrap
+
+import pytest
 
 
 # A thread of gloo that has to free a tensor of the last collective waits for the interpreter, which with this interval is
 # released by nobody until it ends. The group is held elsewhere as well, as DDP and DeepSpeed hold it.
 SCRIPT = """
-    import sys
-    import torch
-    import torch.distributed as dist
-    from trl_diffusion.trainer.process_group import destroy_process_group_at_exit
+import sys
 
-    destroy_process_group_at_exit()
-    destroy_process_group_at_exit()
-    dist.init_process_group("gloo")
-    held = dist.group.WORLD
-    sys.setswitchinterval(1000)
-    for _ in range(2):
-        dist.all_reduce(torch.ones(3))
-    if dist.get_rank() == 0:
-        raise LookupError("an error of the script")
+import torch
+import torch.distributed as dist
+
+from trl_diffusion import ChunkGRPOConfig
+
+folder, ending = sys.argv[1:]
+args = ChunkGRPOConfig(output_dir=folder, use_cpu=True)
+assert args.world_size == dist.get_world_size() == 2
+held = dist.group.WORLD
+sys.setswitchinterval(1000)
+for _ in range(2):
+    dist.all_reduce(torch.ones(3))
+if ending == "raise":
+    raise LookupError("an error of the script")
+if ending == "destroy":
+    dist.destroy_process_group()
+if ending == "exit":
     sys.exit(3)
 """
 
 
-def test_processes_end_with_their_own_status():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+@pytest.mark.parametrize(("ending", "status"), [("return", None), ("destroy", None), ("exit", 3), ("raise", 1)])
+def test_processes_end_with_their_own_status(tmp_path, ending, status):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     path = os.pathsep.join(path for path in sys.path if path)
-    common = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(SCRIPT)],
-            env={**common, "RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=200)[1] for process in processes]
-    assert [process.returncode for process in processes] == [1, 3], errors
-    assert [error.count("Traceback") for error in errors] == [1, 0]
-    assert "LookupError: an error of the script" in errors[0]
+    ended = subprocess.run(
+        [*command, str(script), str(tmp_path), ending],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert "terminate called" not in ended.stderr, ended.stderr
+    assert ended.returncode == (0 if status is None else 1), ended.stderr
+    assert ("LookupError: an error of the script" in ended.stderr) is (ending == "raise")
+    if status is not None:
+        assert f"exitcode  : {status} " in ended.stderr

@@ -26,8 +26,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from trl_diffusion.trainer.checkpoints import MANIFEST_NAME, STATE_NAME, write_manifest
-from trl_diffusion.trainer.resuming import saved_state
+from trl_diffusion.runtime.checkpoints import MANIFEST_NAME, STATE_NAME, write_manifest
+from trl_diffusion.runtime.resuming import saved_state
 
 
 PROMPTS = [f"a {color} circle" for color in ("red", "green", "blue", "white", "black", "brown")]

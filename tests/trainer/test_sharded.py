@@ -27,7 +27,7 @@ from accelerate.utils import DeepSpeedPlugin
 from safetensors.torch import load_file
 
 import trl_diffusion
-from trl_diffusion.trainer.sharding import BUCKET_SIZES, set_bucket_sizes
+from trl_diffusion.runtime.sharding import BUCKET_SIZES, set_bucket_sizes
 
 from .sharded_run import make_trainer
 

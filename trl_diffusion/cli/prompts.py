@@ -31,6 +31,7 @@ from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
 from .. import shapes
+from ..data.prompts import column_names
 from ..paths import check_exists, not_found
 
 
@@ -69,31 +70,28 @@ def load_prompts(
         config (`str`, *optional*):
             Configuration of the dataset.
         streaming (`bool`, *optional*, defaults to `False`):
-            Read the first `max_prompts` rows of the source and no more.
+            Do not download the source: read it row by row, or the first `max_prompts` rows.
         max_prompts (`int`, *optional*):
             Take the first so many rows.
         prompt_column (`str`, *optional*, defaults to `"prompt"`):
             Name of the column that holds the prompts.
 
     Returns:
-        [`~datasets.Dataset`]: the rows, with the prompts in the column "prompt".
+        [`~datasets.Dataset`], or [`~datasets.IterableDataset`] for `streaming` without `max_prompts`: the rows, with the
+        prompts in the column "prompt".
 
     Raises:
-        `ValueError`: a file of a kind that is not supported, or that cannot be read; no such column or split; streaming
-        without `max_prompts`; no such file, folder or dataset of the Hub.
+        `ValueError`: a file of a kind that is not supported, or that cannot be read; no such column, split, file, folder
+        or dataset of the Hub.
     """
     if max_prompts is not None and max_prompts < 1:
         raise ValueError(f"max_prompts must be at least 1, got {max_prompts}.")
-    if streaming and max_prompts is None:
-        raise ValueError(
-            "streaming needs max_prompts: training repeats and shuffles its prompts, so it reads a part of the stream "
-            "and keeps it. Say how many rows, e.g. --max_prompts 10000."
-        )
     try:
         dataset = _load(name, split, config, streaming, prompt_column)
-        if streaming:
+        if streaming and max_prompts is not None:
             rows = list(itertools.islice(dataset, max_prompts))
             dataset = Dataset.from_list(rows, features=dataset.features)
+            max_prompts = None
     except DatasetGenerationError as error:
         _find_unreadable_file(Path(name))
         cause = error
@@ -103,16 +101,17 @@ def load_prompts(
         raise ValueError(f"{name!r} cannot be read: {type(cause).__name__}: {' '.join(str(cause).split())}") from error
     if max_prompts is not None:
         dataset = dataset.select(range(min(max_prompts, len(dataset))))
-    if prompt_column == "prompt" and dataset.column_names == ["text"]:
+    columns = column_names(dataset)
+    if prompt_column == "prompt" and columns == ["text"]:
         prompt_column = "text"  # one text a line, from a file or a folder of them
-    if prompt_column not in dataset.column_names:
+    if prompt_column not in columns:
         raise ValueError(
-            f"{name!r} has no column {prompt_column!r}, only {dataset.column_names}. Name the one with the prompts: "
+            f"{name!r} has no column {prompt_column!r}, only {columns}. Name the one with the prompts: "
             "--prompt_column NAME."
         )
     if prompt_column == "prompt":
         return dataset
-    if "prompt" in dataset.column_names:
+    if "prompt" in columns:
         dataset = dataset.remove_columns("prompt")
     return dataset.rename_column(prompt_column, "prompt")
 

@@ -131,6 +131,10 @@ class SamplingArguments:
                 f"negative_prompt={self.negative_prompt!r} has no effect at guidance_scale={self.guidance_scale}. Raise "
                 "guidance_scale above 1, or leave negative_prompt unset."
             )
+        if self.streaming and self.max_prompts is None:
+            raise ValueError(
+                "streaming needs max_prompts, since images are made of all prompts: say how many rows, e.g. --max_prompts 200."
+            )
         if not 0 <= self.adapter_fraction <= 1:
             raise ValueError(f"adapter_fraction must lie in [0, 1], got {self.adapter_fraction}.")
 

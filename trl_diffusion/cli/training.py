@@ -27,7 +27,7 @@ from .parser import CommandParser
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from peft import LoraConfig
 
     from ..trainer import DiffusionTrainer
@@ -62,7 +62,8 @@ class ScriptArguments:
         max_prompts (`int`, *optional*):
             Use the first so many rows of a split. `None` uses all.
         streaming (`bool`, *optional*, defaults to `False`):
-            Download no more of the dataset than the first `max_prompts` rows, which must be given.
+            Do not download the dataset: train its rows in their order as they come, which needs `max_steps`, or the first
+            `max_prompts` rows.
         reward_funcs (`list[str]`):
             Rewards to maximise: names of rewards, with options where need be (`pickscore:scale=0.05`, in a YAML file also
             `{name: pickscore, scale: 0.05}`), or dotted paths of callables, e.g. `my_package.my_reward`.
@@ -114,7 +115,10 @@ class ScriptArguments:
     )
     streaming: bool = field(
         default=False,
-        metadata={"help": "Download no more of the dataset than the first max_prompts rows, which must be given."},
+        metadata={
+            "help": "Do not download the dataset: train its rows in their order as they come, which needs max_steps, or "
+            "the first max_prompts rows."
+        },
     )
     watch_reward_funcs: list[str] | None = field(
         default=None, metadata={"help": "Rewards to measure during training and not to train."}
@@ -235,24 +239,26 @@ def run(
     """
     from .prompts import load_prompts
 
-    def prompts(split: str) -> "Dataset":
+    def prompts(split: str, max_prompts: int | None) -> "Dataset | IterableDataset":
         return load_prompts(
             script_args.dataset_name,
             split,
             script_args.dataset_config,
             script_args.streaming,
-            script_args.max_prompts,
+            max_prompts,
             script_args.prompt_column,
         )
 
     eval_dataset = None
     if training_args.eval_strategy != "no":
-        eval_dataset = prompts(script_args.dataset_test_split)
+        # An evaluation uses no more rows than it makes images.
+        most = training_args.num_eval_images if script_args.streaming else None
+        eval_dataset = prompts(script_args.dataset_test_split, script_args.max_prompts or most)
     trainer = trainer_class(
         model=script_args.model_name_or_path,
         reward_funcs=script_args.reward_funcs,
         args=training_args,
-        train_dataset=prompts(script_args.dataset_train_split),
+        train_dataset=prompts(script_args.dataset_train_split, script_args.max_prompts),
         eval_dataset=eval_dataset,
         callbacks=[_EndOfSetUp(set_up)],
         peft_config=script_args.peft_config(),

@@ -15,12 +15,16 @@
 """The columns of a dataset besides the prompt: those that a reward asks for, and no others, are read."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from datasets import Image as ImageFeature
 
 from .images import check_pictures, open_picture
+from .prompts import column_names
+
+
+AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 
 
 class ColumnReader:
@@ -38,10 +42,10 @@ class ColumnReader:
         self.num_processes = num_processes
         self._image_columns: set[str] = set()
 
-    def prepare(self, dataset: Dataset, name: str) -> Dataset:
+    def prepare(self, dataset: AnyDataset, name: str) -> AnyDataset:
         """
         The dataset with the prompts and the columns that are asked for, its images undecoded; each is read once, so that
-        a broken file ends the run before it begins. To be called by all processes.
+        a broken file ends the run before it begins, but for those of a stream. To be called by all processes.
 
         Args:
             dataset (`datasets.Dataset`): as the user gave it, or as this method returned it.
@@ -51,12 +55,13 @@ class ColumnReader:
             `ValueError`: an image that cannot be read; the message names its row.
         """
         dataset = dataset.with_format(None)
-        columns = [column for column in dataset.column_names if column == "prompt" or self.asked_for(column)]
+        columns = [column for column in column_names(dataset) if column == "prompt" or self.asked_for(column)]
         dataset = dataset.select_columns(columns)
-        for column, feature in dataset.features.items():
+        for column, feature in (dataset.features or {}).items():  # a stream may not tell
             if isinstance(feature, ImageFeature) and feature.decode:
                 dataset = dataset.cast_column(column, ImageFeature(decode=False))
-                check_pictures(dataset, column, name, self.process_index, self.num_processes)
+                if isinstance(dataset, Dataset):
+                    check_pictures(dataset, column, name, self.process_index, self.num_processes)
                 self._image_columns.add(column)
         return dataset
 

@@ -19,54 +19,71 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 
-def check_prompts(dataset: Any, name: str = "train_dataset") -> None:
+def column_names(dataset: Dataset | IterableDataset) -> list[str]:
+    """The columns of a dataset; of a stream that does not tell, those of its first row, which is read for it."""
+    return list(next(iter(dataset), {})) if dataset.column_names is None else dataset.column_names
+
+
+def check_prompt(prompt: Any, row: int, name: str) -> None:
+    """Refuse the prompt of a row of the dataset that the caller calls `name`."""
+    if not isinstance(prompt, str):
+        raise TypeError(
+            f"Row {row} of {name} has the prompt {prompt!r} of type {type(prompt).__name__}. Prompts must be "
+            "strings; filter or convert the column."
+        )
+    if not prompt.strip():
+        raise ValueError(
+            f"Row {row} of {name} has an empty prompt {prompt!r}. Filter such rows: "
+            "dataset.filter(lambda row: row['prompt'].strip())."
+        )
+
+
+def check_prompts(dataset: Any, name: str = "train_dataset", may_stream: bool = False) -> None:
     """
-    Refuse a dataset that no trainer can use, naming the row and the remedy.
+    Refuse a dataset that no trainer can use, naming the row and the remedy. Rows of a stream are checked when they come.
 
     Args:
         dataset (`datasets.Dataset`): must have a column "prompt" of non-empty strings, none that is called "images" or
             "prompts", and no transform.
         name (`str`): what the caller calls it, for the message.
+        may_stream (`bool`): whether a `datasets.IterableDataset` will do.
 
     Raises:
         `ValueError` or `TypeError`.
     """
     if dataset is None:
         raise ValueError(f"{name} is missing. Pass a datasets.Dataset with a column 'prompt'.")
-    if isinstance(dataset, IterableDataset) or not isinstance(dataset, Dataset):
+    streams = may_stream and isinstance(dataset, IterableDataset)
+    if not streams and not isinstance(dataset, Dataset):
         raise TypeError(
             f"{name} must be a datasets.Dataset, got {type(dataset).__name__}. Build one with "
             "datasets.load_dataset(..., split='train') or datasets.Dataset.from_list([{'prompt': ...}]); take the "
             "first prompts of a stream with Dataset.from_list(list(stream.take(n)))."
         )
-    if dataset.format["type"] == "custom":
+    if not streams and dataset.format["type"] == "custom":
         raise ValueError(
             f"{name} has a transform (with_transform or set_transform), which would make its rows anew whenever they are "
             "read; the trainers encode prompts once. Apply it to the rows with dataset.with_format(None).map(...), or "
             "leave it out with dataset.with_format(None)."
         )
-    if "prompt" not in dataset.column_names:
+    if streams and next(iter(dataset), None) is None:
+        raise ValueError(f"{name} is an empty stream. It needs at least one prompt.")
+    columns = column_names(dataset)
+    if "prompt" not in columns:
         raise ValueError(
-            f"{name} has no column 'prompt', only {dataset.column_names}. Rename the column that holds the prompts: "
+            f"{name} has no column 'prompt', only {columns}. Rename the column that holds the prompts: "
             "dataset.rename_column(old_name, 'prompt')."
         )
     for column in ("images", "prompts"):
-        if column in dataset.column_names:
+        if column in columns:
             raise ValueError(
                 f"{name} has a column {column!r}. Rewards get the dataset's columns by name, and under this one they get "
                 f"the {'drawn images' if column == 'images' else 'prompts'}. Rename it, "
                 f"dataset.rename_column({column!r}, ...), or remove it."
             )
+    if streams:
+        return
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty. It needs at least one prompt.")
     for row, prompt in enumerate(dataset.with_format(None)["prompt"]):
-        if not isinstance(prompt, str):
-            raise TypeError(
-                f"Row {row} of {name} has the prompt {prompt!r} of type {type(prompt).__name__}. Prompts must be "
-                "strings; filter or convert the column."
-            )
-        if not prompt.strip():
-            raise ValueError(
-                f"Row {row} of {name} has an empty prompt {prompt!r}. Filter such rows: "
-                "dataset.filter(lambda row: row['prompt'].strip())."
-            )
+        check_prompt(prompt, row, name)

@@ -17,15 +17,13 @@
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 
 import torch
 from accelerate import PartialState
 
-from ..data.prompt_cache import PromptCache
 from ..flow import shifted_schedule
 from ..hub.conversion import find_adapter, load_adapter
-from ..models import load_flow_model, sample_latents
+from ..models import Conditioning, load_flow_model, sample_latents
 
 
 class ImageGenerator:
@@ -38,7 +36,7 @@ class ImageGenerator:
         adapters (`Mapping[str, str]`):
             LoRAs by the name to call them: what [`~trl_diffusion.hub.conversion.find_adapter`] takes.
         prompts (`Sequence[str]`):
-            Every prompt that will be drawn; the text encoders run once and are freed.
+            Every prompt that will be drawn. Where they are few, the text encoders run once and are freed.
         height, width (`int`, *optional*):
             Size in pixels; the pipeline's default if `None`.
         num_inference_steps (`int`, *optional*, defaults to `28`):
@@ -51,8 +49,6 @@ class ImageGenerator:
             Static shift of the noise schedule; the pipeline's own schedule if `None`.
         torch_dtype (`torch.dtype`, *optional*):
             Dtype of the weights. By default bfloat16 on an accelerator and float32 on the CPU.
-        cache_prompt_embeds (`bool`, *optional*, defaults to `True`):
-            Keep the prompts' embeddings in the cache of `datasets`.
 
     Raises:
         `ValueError`: a model, an adapter or a size that is not possible.
@@ -70,7 +66,6 @@ class ImageGenerator:
         negative_prompt: str | None = None,
         sigma_shift: float | None = None,
         torch_dtype: torch.dtype | None = None,
-        cache_prompt_embeds: bool = True,
     ):
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}.")
@@ -92,10 +87,9 @@ class ImageGenerator:
         for adapter, source in adapters.items():
             load_adapter(self.flow.pipeline, source, self._names[adapter])
 
-        for encoder in self.flow.text_encoders.values():
-            encoder.to(self.device)
-        self._prompt_cache = PromptCache.build(self.flow, prompts, in_memory_only=not cache_prompt_embeds)
-        self.flow.free_text_encoders()
+        self.conditioning = Conditioning(self.flow, self.device)
+        if len(set(prompts)) <= self.conditioning.window:
+            self.conditioning.keep_all(prompts)
         self.flow.vae.to(self.device)
         self.flow.denoiser.to(self.device).eval()
 
@@ -136,7 +130,7 @@ class ImageGenerator:
         for latents in sample_latents(
             self.flow,
             self._velocity,
-            partial(self._prompt_cache.get, device=self.device),
+            self.conditioning.get,
             prompts,
             seeds,
             self.sigmas,

@@ -13,6 +13,7 @@
 # limitations under the License.
 
 from .base import FlowModel
+from .conditioning import Conditioning, open_prompt_store
 from .flux import FluxFlowModel
 from .loading import FLOW_MODELS, load_flow_model, whole_weights
 from .qwen_image import QwenImageFlowModel
@@ -22,11 +23,13 @@ from .sd3 import SD3FlowModel
 
 __all__ = [
     "FLOW_MODELS",
+    "Conditioning",
     "FlowModel",
     "FluxFlowModel",
     "QwenImageFlowModel",
     "SD3FlowModel",
     "load_flow_model",
+    "open_prompt_store",
     "sample_latents",
     "whole_weights",
 ]

@@ -12,9 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import contextlib
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -70,7 +71,12 @@ class FlowModel(ABC):
 
     Attributes:
         text_encoders (`dict[str, torch.nn.Module]`):
-            Text encoders by their name in the pipeline; empty after [`free_text_encoders`].
+            Text encoders by their name in the pipeline, as far as they are in memory.
+        source (`str` or `None`):
+            What tells the text encoders from others without their weights, where [`load_flow_model`] has loaded the
+            pipeline by name.
+        load_text_encoders (`Callable` or `None`):
+            Loads the text encoders, by their name in the pipeline; set likewise.
         tokenizers (`dict[str, PreTrainedTokenizerBase]`):
             Tokenizers by their name in the pipeline.
         transformer_config (`FrozenDict`):
@@ -126,6 +132,8 @@ class FlowModel(ABC):
                 "FlowMatchEulerDiscreteScheduler.from_config(...)` before training."
             )
         self.pipeline = pipeline
+        self.source: str | None = None
+        self.load_text_encoders: Callable[[], dict[str, torch.nn.Module]] | None = None
         self.vae = pipeline.vae
         components = pipeline.components
         self.text_encoders = {
@@ -240,13 +248,9 @@ class FlowModel(ABC):
             device and in their dtype.
 
         Raises:
-            `RuntimeError`: if the text encoders were freed.
+            `RuntimeError`: if the text encoders were freed and cannot be loaded again.
         """
-        if not self.text_encoders:
-            raise RuntimeError(
-                "There are no text encoders to encode prompts with: they were freed, or the pipeline was loaded "
-                "without them. Encode every prompt before `free_text_encoders()`, or load the whole pipeline."
-            )
+        self._need_text_encoders()
         device = next(iter(self.text_encoders.values())).device
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             return self.encode(prompts, device)
@@ -295,7 +299,7 @@ class FlowModel(ABC):
             `negative_{name}`. On the text encoders' device and in their dtype.
 
         Raises:
-            `RuntimeError`: if the text encoders were freed.
+            `RuntimeError`: if the text encoders were freed and cannot be loaded again.
         """
         if self.negative_prompt is None:
             return self.collate(self.encode_rows(prompts))
@@ -303,11 +307,47 @@ class FlowModel(ABC):
         conditioning = {name: tensor[:-1] for name, tensor in batch.items()}
         return add_negative(conditioning, {name: tensor[-1:] for name, tensor in batch.items()}, len(prompts))
 
+    @property
+    def can_encode(self) -> bool:
+        """Whether the text encoders are in memory or can be loaded."""
+        return bool(self.text_encoders) or self.load_text_encoders is not None
+
+    def _need_text_encoders(self) -> None:
+        if not self.can_encode:
+            raise RuntimeError(
+                "There are no text encoders to encode prompts with: they were freed, or the pipeline was loaded without "
+                "them. Load the whole pipeline, or pass its id or path instead of the pipeline."
+            )
+        if not self.text_encoders:
+            self.text_encoders = self.load_text_encoders()
+            for name, module in self.text_encoders.items():
+                setattr(self.pipeline, name, module.requires_grad_(False).eval())
+
+    @contextlib.contextmanager
+    def text_encoders_on(self, device: torch.device) -> Iterator[None]:
+        """
+        Within this context the text encoders are on a device, for [`encode_prompt`]; they are loaded where they are not in
+        memory, and wait on the CPU afterwards.
+
+        Raises:
+            `RuntimeError`: they were freed, and the pipeline was given loaded.
+        """
+        self._need_text_encoders()
+        for module in self.text_encoders.values():
+            module.to(device)
+        try:
+            yield
+        finally:
+            for module in self.text_encoders.values():
+                module.to("cpu")
+            clear_device_cache()
+
     def free_text_encoders(self) -> None:
         """
         Drop the text encoders' weights from memory; tokenizers stay.
 
-        The pipeline then generates from embeddings only, and its `save_pretrained` leaves the encoders out.
+        A pipeline that was given loaded then generates from embeddings only, and its `save_pretrained` leaves the
+        encoders out; one that was given by name loads them again where a prompt must be encoded.
         """
         for name in self.text_encoders:
             setattr(self.pipeline, name, None)

@@ -13,13 +13,16 @@
 # limitations under the License.
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import patch_environment
 from diffusers import AutoencoderKL, DiffusionPipeline
+from huggingface_hub import try_to_load_from_cache
 from transformers.integrations import deepspeed
 
 from .. import shapes
@@ -129,9 +132,46 @@ def load_flow_model(
         multiple = flow_model_class.vae_downsample(vae_config) * flow_model_class.patch_size
         check_multiple(size[0] or multiple, size[1] or multiple, multiple, flow_model_class.pipeline_class.__name__)
     flow_model_class.check_negative_prompt(negative_prompt)
-    with whole_weights():
-        pipeline = flow_model_class.pipeline_class.from_pretrained(model, torch_dtype=torch_dtype, **kwargs)
-    return load_flow_model(pipeline, negative_prompt=negative_prompt)
+    # Those that are not given.
+    names = [name for name in config if name.startswith("text_encoder") and name not in kwargs]
+    names = [name for name in names if config[name] != [None, None]]
+
+    def load(**components: None) -> DiffusionPipeline:
+        with whole_weights():
+            return flow_model_class.pipeline_class.from_pretrained(
+                model, torch_dtype=torch_dtype, **components, **kwargs
+            )
+
+    def load_text_encoders() -> dict[str, torch.nn.Module]:
+        others = {name: None for name in pipeline.components if name not in names and name not in kwargs}
+        loaded = load(**others).components
+        return {name: loaded[name] for name in names}
+
+    pipeline = load(**dict.fromkeys(names))
+    flow_model = load_flow_model(pipeline, negative_prompt=negative_prompt)
+    flow_model.source = f"{_source(model, **hub_kwargs)} in {torch_dtype}"
+    if names:
+        flow_model.load_text_encoders = load_text_encoders
+    return flow_model
+
+
+def _source(model: str | os.PathLike, **hub_kwargs: Any) -> str:
+    """
+    What the text encoders and tokenizers of a pipeline are, without reading their weights: repository and commit, or
+    names, sizes and times of files.
+    """
+    if not Path(model).is_dir():
+        # The cache's folder of a snapshot has the commit's name.
+        arguments = {name: value for name, value in hub_kwargs.items() if name in ("revision", "cache_dir")}
+        return f"{model}@{Path(try_to_load_from_cache(str(model), 'model_index.json', **arguments)).parent.name}"
+    files = [
+        (path.relative_to(model).as_posix(), path.stat().st_size, path.stat().st_mtime_ns)
+        for part in sorted(Path(model).iterdir())
+        if part.is_dir() and part.name.startswith(("text_encoder", "tokenizer", "processor"))
+        for path in sorted(part.rglob("*"))
+        if path.is_file()
+    ]
+    return json.dumps([str(Path(model).resolve()), files])
 
 
 def _family_of(pipeline_class_name: str | None, model: object) -> type[FlowModel]:

@@ -27,7 +27,7 @@ from .base import FlowModel
 def sample_latents(
     flow_model: FlowModel,
     velocity: Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor],
-    conditioning: Callable[[list[str]], dict[str, torch.Tensor]],
+    conditioning: Callable[[list[str], list[str]], dict[str, torch.Tensor]],
     prompts: list[str],
     seeds: Sequence[int],
     sigmas: torch.Tensor,
@@ -47,7 +47,7 @@ def sample_latents(
         velocity (`Callable`):
             `velocity(latents, sigma, conditioning)`, with latents `(B, ...)` and sigma `(B,)`.
         conditioning (`Callable`):
-            The conditioning of prompts, on `device`.
+            `conditioning(prompts, ahead)`: the conditioning of prompts, on `device`; `ahead` are those that follow, too.
         prompts (`list[str]` of length N):
             Prompts.
         seeds (`Sequence[int]` of length N):
@@ -80,7 +80,7 @@ def sample_latents(
     euler = transition_coefficients(sigmas, None)
     for start in range(0, len(prompts), batch_size):
         rows = slice(start, start + batch_size)
-        embeddings = conditioning(prompts[rows])
+        embeddings = conditioning(prompts[rows], prompts[start:])
         generators = [torch.Generator(generator_device).manual_seed(int(seed)) for seed in seeds[rows]]
 
         def velocity_at(latents, sigma, step, embeddings=embeddings):

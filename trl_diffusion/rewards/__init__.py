@@ -30,7 +30,7 @@ from .base import (
     score_pictures,
     to_pil,
 )
-from .functions import check_function
+from .functions import check_function, signature_of
 from .preprocessing import to_tensor
 from .pretrained import PretrainedReward, TwoTowerReward
 from .remote import RemoteReward, RewardServerError, check_url
@@ -77,6 +77,8 @@ def check_reward(spec: str | Mapping[str, Any] | Reward, columns: Collection[str
     """
     if isinstance(spec, str | Mapping):
         parsed = _check_named(spec)
+        if parsed.name in WITH_CALLABLE:
+            _recognizer(parsed, spec)
         if parsed.name in REWARDS:
             return
         reward = _named(parsed, spec)
@@ -133,8 +135,7 @@ def load_reward(spec: str | Mapping[str, Any] | Reward, **options: Any) -> Rewar
         return _LOADED[key]
     if inspect.isclass(reward):
         if parsed.name in WITH_CALLABLE:
-            module, _, attribute = parsed.place.rpartition(".")
-            reward = reward(_import(module, attribute, spec), **options)
+            reward = reward(_recognizer(parsed, spec), **options)
         else:
             reward = reward(**options) if parsed.place is None else reward(parsed.place, **options)
         check_reward(reward)
@@ -169,11 +170,10 @@ def asks_for_column(spec: str | Mapping[str, Any] | Reward, column: str) -> bool
     if is_differentiable(spec):
         return False
     reward = _named(parse_spec(spec), spec) if isinstance(spec, str | Mapping) else spec
-    try:
-        parameters = inspect.signature(reward.__call__ if inspect.isclass(reward) else reward).parameters
-    except ValueError:  # a built-in function that does not tell
+    signature = signature_of(reward)
+    if signature is None:  # a built-in function that does not tell
         return True
-    return column in parameters or any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    return column in signature.parameters or any(p.kind == p.VAR_KEYWORD for p in signature.parameters.values())
 
 
 def usual_range(spec: str | Mapping[str, Any] | Reward) -> tuple[float, float] | None:
@@ -217,7 +217,7 @@ def _check_named(spec: str | Mapping[str, Any]) -> RewardSpec:
         if place is not None and place.startswith(("/", "./", "../", "~")) and not Path(place).expanduser().is_dir():
             raise ValueError(f"The reward {spec!r} names the folder {place!r}, which does not exist.")
     elif place is not None:
-        raise ValueError(f"The reward {name!r} takes no place after a colon, got {spec!r}.")
+        raise ValueError(f"The reward {name!r} takes nothing after a colon but options, got {spec!r}.")
     if parsed.options:
         checked_options(spec, _named(parsed, spec), parsed.options, name in WITH_PLACE)
     return parsed
@@ -228,6 +228,11 @@ def _named(parsed: RewardSpec, spec: Any) -> Any:
     if parsed.name in REWARDS:
         return _import(*REWARDS[parsed.name].split(":"), spec)
     module, _, attribute = parsed.name.rpartition(".")
+    return _import(module, attribute, spec)
+
+
+def _recognizer(parsed: RewardSpec, spec: Any) -> Any:
+    module, _, attribute = parsed.place.rpartition(".")
     return _import(module, attribute, spec)
 
 

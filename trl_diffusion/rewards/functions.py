@@ -46,7 +46,7 @@ def check_function(reward: Callable, columns: Collection[str] | None = None) -> 
     """
     if inspect.isclass(reward):
         raise TypeError(f"The reward {reward.__name__} is a class. Pass an instance, {reward.__name__}(...).")
-    signature = _signature(reward)
+    signature = signature_of(reward)
     if signature is None:
         return
     shown = f"{_function_name(reward)}{signature}"
@@ -86,7 +86,7 @@ def call_function(
     Returns:
         What the reward returned. An awaitable, or a list of them, has been awaited, on one event loop for all calls.
     """
-    signature = _signature(reward)
+    signature = signature_of(reward)
     if signature is None:  # a built-in function that does not tell
         return _awaited(reward(images, prompts, **columns))
     values = {"images": images, "prompts": prompts, **columns}
@@ -135,11 +135,15 @@ def _number(score: Any) -> Any:
 # ---- Signatures ----
 
 
-def _signature(reward: Callable) -> inspect.Signature | None:
-    """None for a built-in function that has none."""
+def signature_of(reward: Callable) -> inspect.Signature | None:
+    """Of a reward, or of what the objects of a class take; None for a built-in function that has none."""
+    # That of a module's __call__ says nothing.
+    if inspect.isclass(reward):
+        function = reward.forward if issubclass(reward, nn.Module) else reward.__call__
+    else:
+        function = reward.forward if isinstance(reward, nn.Module) else reward
     try:
-        # That of a module's __call__ says nothing.
-        return inspect.signature(reward.forward if isinstance(reward, nn.Module) else reward)
+        return inspect.signature(function)
     except ValueError:
         return None
 

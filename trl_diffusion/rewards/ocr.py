@@ -16,7 +16,6 @@
 
 import re
 from collections.abc import Callable
-from typing import Any
 
 from PIL import Image
 
@@ -50,12 +49,11 @@ class OCRReward(BlackBoxReward):
         self.recognizer = recognizer
         self.name = name
 
-    def __call__(self, images: list[Image.Image], prompts: list[str], **columns: list[Any]) -> list[float | None]:
+    def __call__(self, images: list[Image.Image], prompts: list[str]) -> list[float | None]:
         """
         Args:
             images (`list[PIL.Image]`): pictures.
             prompts (`list[str]`): one a picture.
-            **columns (`list`): not used.
 
         Returns:
             `list[float | None]`: in [0, 1], None where the prompt has no text in quotes.

@@ -15,7 +15,6 @@
 """A vision-language model asked whether the image shows what the prompt says."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -97,12 +96,11 @@ class VQAReward(nn.Module, BlackBoxReward):
         self.name = name
 
     @torch.no_grad()
-    def forward(self, images: list[Image.Image], prompts: list[str], **columns: list[Any]) -> list[float | None]:
+    def forward(self, images: list[Image.Image], prompts: list[str]) -> list[float | None]:
         """
         Args:
             images (`list[PIL.Image]`): pictures.
             prompts (`list[str]`): one a picture.
-            **columns (`list`): not used.
 
         Returns:
             `list[float | None]`: probabilities, in [0, 1].

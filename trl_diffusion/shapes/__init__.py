@@ -88,7 +88,7 @@ def load_pipeline(**kwargs) -> FluxPipeline:
     return FluxPipeline.from_pretrained(pipeline_path(), **kwargs)
 
 
-def attribute_share(images: Sequence[Image.Image] | torch.Tensor, prompts: Sequence[str], **columns) -> list[float]:
+def attribute_share(images: Sequence[Image.Image] | torch.Tensor, prompts: Sequence[str]) -> list[float]:
     """
     A black-box reward in [0, 1]: the judge's share of right attributes (background, color, size, shape) per image.
 
@@ -97,8 +97,6 @@ def attribute_share(images: Sequence[Image.Image] | torch.Tensor, prompts: Seque
             The pictures, or a float tensor of shape (B, 3, H, W) with values in [0, 1].
         prompts (`list[str]`):
             A caption of the world for each image.
-        **columns:
-            Further columns of the dataset; not used.
 
     Raises:
         `ValueError`: As [`judge`].

@@ -16,6 +16,7 @@
 
 import contextlib
 import copy
+import itertools
 import json
 import os
 import tempfile
@@ -25,14 +26,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, parse_flag_from_env
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from diffusers.utils import logging as diffusers_logging
@@ -47,22 +48,22 @@ from transformers.trainer_utils import set_seed
 from transformers.utils import logging as transformers_logging
 
 from ..data.columns import ColumnReader
-from ..data.prompt_cache import PromptCache
-from ..data.prompts import check_prompts
-from ..data.sampler import GroupSampler
+from ..data.prompts import check_prompts, column_names
+from ..data.sampler import BucketSampler, GroupSampler, GroupStream
 from ..flow import shifted_schedule, transition_coefficients
 from ..hub import check_lora_config, check_names, hub_id, plain_network, save_adapter
-from ..models import load_flow_model, sample_latents, whole_weights
+from ..models import Conditioning, load_flow_model, open_prompt_store, sample_latents, whole_weights
 from ..models.quantization import check_quantization, quantization_config
 from ..rewards import Reward, asks_for_column, check_reward, load_rewards, score_images
+from ..rewards.calls import RewardError, call_reward, shown
+from ..runtime.reliable_trainer import OptimizerWithModes, ReliableTrainer
+from ..runtime.sharding import gathered, keep_float32_inputs
+from ..runtime.updates import check_optimizer_holds, check_optimizers
 from .base_config import DiffusionConfig
 from .callbacks import EpochCallback, SampleImagesCallback, Samples
-from .evaluating import EvaluationMixin
+from .evaluating import EvaluationMixin, evaluation_share
 from .measures import RunningMetrics, lora_update_norm
 from .publishing import PublishingMixin
-from .reliable_trainer import OptimizerWithModes, ReliableTrainer
-from .sharding import gathered, keep_float32_inputs
-from .updates import check_optimizer_holds, check_optimizers
 
 
 logger = get_logger(__name__)
@@ -75,6 +76,8 @@ FREE_LORA_SETTINGS = ("auto_mapping", "base_model_name_or_path", "inference_mode
 
 # Of Flow-GRPO's LoRA for FLUX and Stable Diffusion 3.
 DEFAULT_LORA = {"r": 32, "lora_alpha": 64, "init_lora_weights": "gaussian"}
+
+T = TypeVar("T")
 
 # A term of the loss, built when called: a scalar, and only then its graph.
 LossTerm = Callable[[], torch.Tensor]
@@ -110,7 +113,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         model: str | DiffusionPipeline,
         reward_funcs: str | Reward | list[str | Reward],
         args: DiffusionConfig | None = None,
-        train_dataset: Dataset | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
@@ -130,7 +133,9 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
             transformers_logging.disable_progress_bar()
             diffusers_logging.disable_progress_bar()
         # Everything that can be refused is refused before weights are loaded.
-        check_prompts(train_dataset, "train_dataset")
+        check_prompts(train_dataset, "train_dataset", may_stream=True)
+        if isinstance(train_dataset, IterableDataset):
+            check_stream(args)
         if eval_dataset is not None:
             check_prompts(eval_dataset, "eval_dataset")
         elif args.eval_strategy != "no":
@@ -143,7 +148,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         watch_specs = list(watch_specs) if isinstance(watch_specs, list | tuple) else [watch_specs]
         if not reward_specs:
             raise ValueError("reward_funcs is empty. Pass at least one reward.")
-        columns = set(train_dataset.column_names) - {"prompt"}
+        columns = set(column_names(train_dataset)) - {"prompt"}
         if eval_dataset is not None:
             columns &= set(eval_dataset.column_names)
         for spec in [*reward_specs, *watch_specs]:
@@ -179,13 +184,17 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         if isinstance(optimizers[0], OptimizerWithModes):
             args.check_optimizer_with_modes(f"The optimizer {type(optimizers[0]).__name__}")
         self._check_before_loading(args, train_dataset, reward_specs)
-        self._sampler = self._make_sampler(args, train_dataset)
         self._column_reader = ColumnReader(
             lambda column: any(asks_for_column(spec, column) for spec in [*reward_specs, *watch_specs]),
             args.process_index,
             args.world_size,
         )
-        train_dataset = self._column_reader.prepare(train_dataset, "train_dataset")
+        if isinstance(train_dataset, IterableDataset):
+            train_dataset = self._column_reader.prepare(train_dataset, "train_dataset")
+            self._sampler = self._make_sampler(args, train_dataset)
+        else:
+            self._sampler = self._make_sampler(args, train_dataset)
+            train_dataset = self._column_reader.prepare(train_dataset, "train_dataset")
         if eval_dataset is not None:
             eval_dataset = self._column_reader.prepare(eval_dataset, "eval_dataset")
         if args.should_save:
@@ -228,7 +237,11 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         weights = [1.0] * len(self.rewards) if args.reward_weights is None else args.reward_weights
         self.reward_weights = torch.tensor(weights, dtype=torch.float32)
 
-        self._encode_prompts(args, train_dataset, eval_dataset)
+        if isinstance(train_dataset, IterableDataset):
+            # Each process reads the stream and takes its rows of it; the trainer's loader would send tensors around.
+            args.accelerator_config.dispatch_batches = False
+            train_dataset = self._sampler
+        self._prepare_conditioning(args, train_dataset, eval_dataset)
         if not args.offload_frozen:
             for module in self.frozen_modules:
                 module.to(args.device)
@@ -304,11 +317,13 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         """
 
     @abstractmethod
-    def _make_sampler(self, args: DiffusionConfig, train_dataset: Dataset) -> GroupSampler:
+    def _make_sampler(
+        self, args: DiffusionConfig, train_dataset: Dataset | IterableDataset
+    ) -> GroupSampler | BucketSampler | GroupStream:
         """The order of the training rows; made before weights are loaded, so that it can refuse the dataset."""
 
     def _check_before_loading(
-        self, args: DiffusionConfig, train_dataset: Dataset, reward_specs: list[str | Reward]
+        self, args: DiffusionConfig, train_dataset: Dataset | IterableDataset, reward_specs: list[str | Reward]
     ) -> None:
         """Checks of a subclass that need no weights."""
 
@@ -331,12 +346,48 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
     def _default_peft_config(self) -> LoraConfig:
         return LoraConfig(**DEFAULT_LORA, target_modules=self.flow.lora_target_modules)
 
-    def _encode_prompts(self, args: DiffusionConfig, *prompt_datasets: Dataset | None) -> None:
-        prompts = [prompt for dataset in prompt_datasets if dataset is not None for prompt in dataset["prompt"]]
-        for encoder in self.flow.text_encoders.values():
-            encoder.to(args.device)
-        self.prompt_cache = PromptCache.build(self.flow, prompts, in_memory_only=not args.cache_prompt_embeds)
-        self.flow.free_text_encoders()
+    def _prepare_conditioning(
+        self, args: DiffusionConfig, train_dataset: Dataset | IterableDataset, eval_dataset: Dataset | None
+    ) -> None:
+        store = open_prompt_store(self.flow, args.prompt_cache_gib) if args.cache_prompt_embeds else None
+        window = -(-args.prompt_window // args.world_size)
+        self.conditioning = Conditioning(self.flow, args.device, window, store)
+        self.conditioning.upcoming = self._upcoming_prompts
+        if isinstance(train_dataset, Dataset):
+            datasets = [train_dataset] if eval_dataset is None else [eval_dataset, train_dataset]
+            prompts: dict[str, None] = {}
+            for prompt in itertools.chain.from_iterable(dataset["prompt"] for dataset in datasets):
+                prompts[prompt] = None
+                if len(prompts) > args.prompt_window:
+                    break
+            else:
+                self.conditioning.keep_all(prompts)
+                return
+        if eval_dataset is not None:
+            share = evaluation_share(args.num_eval_images, args.process_index, args.world_size)
+            prompts = dict.fromkeys(eval_dataset[index % len(eval_dataset)]["prompt"] for index in share)
+            if len(prompts) <= window:
+                self.conditioning.keep(prompts)
+
+    @abstractmethod
+    def _upcoming_rows(self) -> Iterator[int | dict[str, Any]]:
+        """The rows that this process will train from now on, without end, as its sampler gives them."""
+
+    def _upcoming_prompts(self) -> Iterator[str]:
+        if isinstance(self._sampler, GroupStream):
+            return (row["prompt"] for row in self._upcoming_rows())
+        prompts = self.train_dataset.select_columns("prompt")
+        return (prompts[row]["prompt"] for row in self._upcoming_rows())
+
+    def first_prompts(self, count: int) -> list[str]:
+        """The first distinct prompts to show, of the evaluation dataset where there is one."""
+        dataset = self.train_dataset if self.eval_dataset is None else self.eval_dataset
+        if isinstance(dataset, GroupStream):
+            prompts = (row["prompt"] for row in dataset.stream)
+        else:
+            prompts = iter(dataset["prompt"])
+        # Of a long dataset the beginning is enough.
+        return list(dict.fromkeys(itertools.islice(prompts, 100 * count)))[:count]
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -354,7 +405,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         if self._signature_columns is None:
             self._signature_columns = ["prompt"]
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GroupSampler:
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GroupSampler | BucketSampler:
         return self._sampler
 
     @property
@@ -487,7 +538,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
             latents = sample_latents(
                 self.flow,
                 partial(self.velocity, model),
-                partial(self.prompt_cache.get, device=self.args.device),
+                self.conditioning.get,
                 prompts,
                 seeds,
                 self.sigmas,
@@ -543,6 +594,20 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
             scores.append(torch.cat(parts))
         return torch.stack(scores, 1) if scores else images.new_zeros((len(prompts), 0))
 
+    def call_reward(self, name: str, prompts: Sequence[str], call: Callable[[], T]) -> T:
+        """
+        Call a reward under `reward_timeout` and `reward_retries`. During a training all processes must call this
+        together: where it fails for good on one of them, all of them save a checkpoint and stop.
+        """
+        args = self.args
+        result, failure = None, None
+        try:
+            result = call_reward(name, prompts, call, args.reward_timeout, args.reward_retries, args.device)
+        except (RewardError, TypeError, ValueError) as error:
+            failure = error
+        self.stop_together(failure, "a reward")
+        return result
+
     def _keep_samples(self, images: torch.Tensor, prompts: list[str], values: dict[str, torch.Tensor]) -> None:
         """Hand the first images, with one value `(B,)` a name, to the callback that writes them when next logging."""
         if self.samples_callback is None:
@@ -563,7 +628,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         model.train()
         inputs = self._prepare_inputs(inputs)
         prompts = self._prompts_of(inputs)
-        self._step_prompts += prompts
+        self._step_losses.append(([], f"the prompts {shown(prompts)}"))
         kwargs = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
         with self.timed("update"), self.on_accelerator(*self._modules_of_update()):
             terms = self.loss_terms(model, inputs)
@@ -576,7 +641,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
                 with contextlib.nullcontext() if exchange else self._no_exchange(model):
                     state._set_sync_gradients(exchange)
                     loss = term()
-                    self._check_loss(loss, prompts, index, len(terms))
+                    self._note_loss(loss)
                     if exchange:
                         loss = self._spoil_bad_step(loss)
                     self.accelerator.backward(loss / self.current_gradient_accumulation_steps, **kwargs)
@@ -699,6 +764,19 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
             load_torch_model(
                 self.network, Path(resume_from_checkpoint) / TRANSFORMER_SUBFOLDER, filename_pattern=WEIGHTS_PATTERN
             )
+
+
+def check_stream(args: DiffusionConfig) -> None:
+    """Refuse settings that a streamed dataset does not go with."""
+    if args.max_steps <= 0:
+        raise ValueError(
+            f"max_steps is {args.max_steps}, but train_dataset is a stream, which does not tell its length. Set max_steps."
+        )
+    if args.dataloader_num_workers > 0:
+        raise ValueError(
+            f"dataloader_num_workers={args.dataloader_num_workers}, but train_dataset is a stream, which is read ahead in "
+            "the process that trains, so that its prompts are encoded in time. Set it to 0."
+        )
 
 
 def _identity(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

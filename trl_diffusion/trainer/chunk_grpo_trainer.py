@@ -17,7 +17,7 @@
 import copy
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.logging import get_logger
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from safetensors import safe_open
@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback
 
-from ..data.sampler import GroupSampler
+from ..data.sampler import GroupSampler, GroupStream
 from ..flow import (
     Trajectory,
     chunk_steps,
@@ -53,11 +53,11 @@ from ..objectives import (
     transition_kl,
 )
 from ..rewards import Reward
+from ..runtime.checkpoints import checkpoints, why_incomplete
+from ..runtime.resuming import as_saved, refuse_changed, saved_state
 from .base_trainer import DiffusionTrainer, LossTerm
-from .checkpoints import checkpoints, why_incomplete
 from .chunk_grpo_config import ChunkGRPOConfig
 from .measures import duplicate_share, picture_digests
-from .resuming import as_saved, refuse_changed, saved_state
 
 
 logger = get_logger(__name__)
@@ -144,8 +144,8 @@ class ChunkGRPOTrainer(DiffusionTrainer):
             prompts: list[str], **columns)` with the dataset's other columns, and returns a list of float or None.
         args ([`ChunkGRPOConfig`], *optional*):
             Settings.
-        train_dataset (`datasets.Dataset`):
-            Prompts, in a column "prompt".
+        train_dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+            Prompts, in a column "prompt". A stream needs `max_steps` and is trained in its own order.
         eval_dataset (`datasets.Dataset`, *optional*):
             Prompts of the evaluations.
         callbacks (`list[TrainerCallback]`, *optional*):
@@ -172,7 +172,7 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         model: str | DiffusionPipeline,
         reward_funcs: str | Reward | list[str | Reward],
         args: ChunkGRPOConfig | None = None,
-        train_dataset: Dataset | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
@@ -195,16 +195,24 @@ class ChunkGRPOTrainer(DiffusionTrainer):
             self.reference = copy.deepcopy(self.model).requires_grad_(False).eval().to(device)
         self._generation: list[MicroBatch] | None = None
 
-    def _make_sampler(self, args: ChunkGRPOConfig, train_dataset: Dataset) -> GroupSampler:
-        return GroupSampler(
-            len(train_dataset),
-            num_generations=args.num_generations,
-            batch_size=args.per_device_train_batch_size,
-            steps=args.steps_per_generation,
-            num_processes=args.world_size,
-            repeats=args.steps_per_generation * args.num_iterations,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-        )
+    def _make_sampler(
+        self, args: ChunkGRPOConfig, train_dataset: Dataset | IterableDataset
+    ) -> GroupSampler | GroupStream:
+        layout = {
+            "num_generations": args.num_generations,
+            "batch_size": args.per_device_train_batch_size,
+            "steps": args.steps_per_generation,
+            "num_processes": args.world_size,
+            "repeats": args.steps_per_generation * args.num_iterations,
+        }
+        if isinstance(train_dataset, IterableDataset):
+            return GroupStream(train_dataset, **layout)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return GroupSampler(len(train_dataset), **layout, seed=seed)
+
+    def _upcoming_rows(self) -> Iterator[int | dict[str, Any]]:
+        generation = self._images_trained // self._images_per_generation
+        return self._sampler.upcoming(generation, self.accelerator.process_index)
 
     # ---- Data ----
 
@@ -279,7 +287,7 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         with self.rollout_model() as model:
             for start in range(0, len(prompts), self.rollout_batch_size):
                 part = slice(start, start + self.rollout_batch_size)
-                conditioning = self.prompt_cache.get(prompts[part], args.device)
+                conditioning = self.conditioning.get(prompts[part])
                 noise, generators = initial[part], sampling[part]
 
                 def velocity(latents, sigma, step, conditioning=conditioning):
@@ -370,7 +378,7 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         index = torch.tensor(steps, device=latents.device).repeat_interleave(m)
         conditioning = {
             name: tensor.repeat(len(steps), *(1,) * (tensor.ndim - 1))
-            for name, tensor in self.prompt_cache.get(micro_batch.prompts, latents.device).items()
+            for name, tensor in self.conditioning.get(micro_batch.prompts).items()
         }
         velocity = self.velocity(model, latents, self._sigmas_on_device[index], conditioning)
         coefficients = self._transitions_on_device.rows(index, latents.ndim)

@@ -23,6 +23,15 @@ from ..data.prompts import check_prompts
 from ..metrics import mean_interval
 
 
+def evaluation_share(num_images: int, process: int, num_processes: int) -> list[int]:
+    """
+    The images of an evaluation that a process makes. Every process makes as many, since sharded models need all of them
+    in every forward; those beyond `num_images` are left out of the scores.
+    """
+    share = -(-num_images // num_processes)
+    return [process * share + i for i in range(share)]
+
+
 class EvaluationMixin:
     """What [`DiffusionTrainer`] puts in place of the evaluation of `transformers.Trainer`."""
 
@@ -87,16 +96,9 @@ class EvaluationMixin:
         check_prompts(dataset, "eval_dataset")
         if dataset is not self.eval_dataset:
             dataset = self._column_reader.prepare(dataset, "eval_dataset")
-        missing = [prompt for prompt in dataset["prompt"] if prompt not in self.prompt_cache]
-        if missing:
-            raise ValueError(
-                f"The evaluation prompt {missing[0]!r} was not among the datasets given to the trainer, whose text "
-                "encoders are freed by now. Pass this dataset as eval_dataset at construction."
-            )
-        total, processes = self.args.num_eval_images, self.accelerator.num_processes
-        # Every process makes as many images, since sharded models need all of them in every forward.
-        share = -(-total // processes)
-        local = [self.accelerator.process_index * share + i for i in range(share)]
+        self.conditioning.check_available(dataset["prompt"])
+        total = self.args.num_eval_images
+        local = evaluation_share(total, self.accelerator.process_index, self.accelerator.num_processes)
         rows = [dataset[index % len(dataset)] for index in local]
         prompts = [row["prompt"] for row in rows]
         columns = self._column_reader.read(rows)

@@ -135,7 +135,7 @@ class PublishingMixin:
         }
         defaults = {
             "model_name": self._name if repository is None else repository.rpartition("/")[2],
-            "prompt": self.train_dataset[0]["prompt"],
+            "prompt": self.first_prompts(1)[0],
             "license": self._base_license() if "license" not in card else None,
         }
         build_model_card(
@@ -198,8 +198,7 @@ class PublishingMixin:
         Returns:
             `dict[str, str]`: path relative to the card -> prompt.
         """
-        dataset = self.train_dataset if self.eval_dataset is None else self.eval_dataset
-        prompts = list(dict.fromkeys(dataset["prompt"]))[: self.args.num_samples_to_log]
+        prompts = self.first_prompts(self.args.num_samples_to_log)
         images = self.generate(prompts, range(len(prompts)))
         samples = {f"{GALLERY_FOLDER}/{index:03d}.png": prompt for index, prompt in enumerate(prompts)}
         if self.is_world_process_zero():

@@ -15,23 +15,24 @@
 """Direct-Align with semantic relative preference: a differentiable reward reaches any noise level in one forward."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import nn
 from transformers import TrainerCallback
 
 from ..data.images import ImageBuckets
-from ..data.sampler import BucketSampler
+from ..data.prompts import column_names
+from ..data.sampler import BucketSampler, GroupStream
 from ..flow import Trajectory, direct_align_pass, interpolate, rollout
 from ..objectives import discount_at, preference_loss, relative_preference
-from ..rewards import Reward, RewardModel, TwoTowerReward, is_differentiable
+from ..rewards import Reward, RewardModel, TwoTowerReward, is_differentiable, usual_range
 from .base_trainer import DiffusionTrainer, LossTerm
 from .callbacks import RewardHackingCallback
 from .srpo_config import SRPOConfig
@@ -94,8 +95,8 @@ class SRPOTrainer(DiffusionTrainer):
             Differentiable rewards to maximise, see [`~trl_diffusion.rewards.load_reward`].
         args ([`SRPOConfig`], *optional*):
             Settings.
-        train_dataset (`datasets.Dataset`):
-            Prompts, in a column "prompt". With a column "image" (`datasets.Image`) the images replace the rollout.
+        train_dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+            Prompts, in a column "prompt". A stream needs `max_steps` and is trained in its own order. With a column "image" (`datasets.Image`) the images replace the rollout.
         eval_dataset (`datasets.Dataset`, *optional*):
             Prompts of the evaluations.
         callbacks (`list[TrainerCallback]`, *optional*):
@@ -121,7 +122,7 @@ class SRPOTrainer(DiffusionTrainer):
         model: str | DiffusionPipeline,
         reward_funcs: str | RewardModel | list[str | RewardModel],
         args: SRPOConfig | None = None,
-        train_dataset: Dataset | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
@@ -182,7 +183,13 @@ class SRPOTrainer(DiffusionTrainer):
                     f"SRPO needs differentiable rewards, but {spec!r} is a black box. Use a RewardModel or the name "
                     "of one, or ChunkGRPOTrainer, which takes any reward."
                 )
-        has_images = "image" in train_dataset.column_names
+            self._check_scale(args, spec)
+        has_images = "image" in column_names(train_dataset)
+        if has_images and isinstance(train_dataset, IterableDataset):
+            raise ValueError(
+                "train_dataset is a stream with images, whose sizes must be known before the training. Remove the column "
+                "'image', or load the dataset without streaming."
+            )
         if has_images and args.estimator != "direct_align":
             raise ValueError(
                 f"estimator={args.estimator!r} needs rollouts, but train_dataset has images. Remove the column "
@@ -191,17 +198,45 @@ class SRPOTrainer(DiffusionTrainer):
         if args.offline_steps is not None and not has_images:
             raise ValueError(
                 f"offline_steps={args.offline_steps}, but train_dataset has no column 'image', only "
-                f"{train_dataset.column_names}. Add the images, or leave offline_steps unset."
+                f"{column_names(train_dataset)}. Add the images, or leave offline_steps unset."
             )
         self.images = ImageBuckets(train_dataset, args.process_index, args.world_size) if has_images else None
 
-    def _make_sampler(self, args: SRPOConfig, train_dataset: Dataset) -> BucketSampler:
+    @staticmethod
+    def _check_scale(args: SRPOConfig, spec: str | Mapping[str, Any] | Reward) -> None:
+        """Refuse a reward whose usual scores lie above the threshold in a pass: its loss would be 0 throughout."""
+        scores = usual_range(spec)
+        if scores is None:
+            return
+        for branch in args.branches if args.estimator == "direct_align" else ["denoise"]:
+            share = active_share(args, scores, branch)
+            if share == 0:
+                raise ValueError(
+                    f"The reward {spec!r} gives scores of about {scores[0]:g} to {scores[1]:g}, and with reward_threshold="
+                    f"{args.reward_threshold} the loss of the pass {branch!r} would be 0: nothing would be trained. Scale the "
+                    "reward (PickScore to near 1 by 'pickscore:scale=0.05'), or raise reward_threshold."
+                )
+
+    def _make_sampler(self, args: SRPOConfig, train_dataset: Dataset | IterableDataset) -> BucketSampler | GroupStream:
+        if isinstance(train_dataset, IterableDataset):
+            return GroupStream(
+                train_dataset,
+                num_generations=1,
+                batch_size=args.per_device_train_batch_size,
+                steps=1,
+                num_processes=args.world_size,
+                repeats=1,
+            )
         return BucketSampler(
             [0] * len(train_dataset) if self.images is None else self.images.bucket_of_row,
             batch_size=args.per_device_train_batch_size,
             num_processes=args.world_size,
             seed=args.seed if args.data_seed is None else args.data_seed,
         )
+
+    def _upcoming_rows(self) -> Iterator[int | dict[str, Any]]:
+        batch = self._images_trained // self._images_per_micro_batch
+        return self._sampler.upcoming(batch, self.accelerator.process_index)
 
     def _check_words(self) -> None:
         """Refuse words by reward that leave a reward out or name one that there is not."""
@@ -215,7 +250,7 @@ class SRPOTrainer(DiffusionTrainer):
 
     def _check_differentiable(self) -> None:
         """Refuse rewards that no gradient comes through, by asking them for one."""
-        prompt = self.train_dataset[0]["prompt"]
+        (prompt,) = self.first_prompts(1)
         # Coloured patches: some rewards are flat at noise.
         patches = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         patches = torch.nn.functional.interpolate(patches, size=(64, 64), mode="bilinear").to(self.args.device)
@@ -227,7 +262,7 @@ class SRPOTrainer(DiffusionTrainer):
                 if score.shape not in ((len(images),), (len(images), 1)):
                     raise ValueError(
                         f"The reward {name!r} gave scores of shape {tuple(score.shape)} for {len(images)} images. Return one "
-                        "a image, of shape (B,)."
+                        "an image, of shape (B,)."
                     )
                 if score.requires_grad:
                     (gradient,) = torch.autograd.grad(score.sum(), images, allow_unused=True)
@@ -237,6 +272,19 @@ class SRPOTrainer(DiffusionTrainer):
                     "respect to the image. Do not score under torch.no_grad or through PIL in it, or use "
                     "ChunkGRPOTrainer, which needs no gradient."
                 )
+
+    # ---- Logging ----
+
+    def _take_metrics(self) -> dict[str, float]:
+        metrics = super()._take_metrics()
+        for name, share in metrics.items():
+            if name.endswith("/active") and share == 0:
+                logger.warning(
+                    f"{name} was 0 since the last log: the preference of every image is above reward_threshold="
+                    f"{self.args.reward_threshold}, and this pass trains nothing. Scale the reward "
+                    "('pickscore:scale=0.05'), or raise reward_threshold."
+                )
+        return metrics
 
     # ---- Data ----
 
@@ -281,7 +329,7 @@ class SRPOTrainer(DiffusionTrainer):
             trajectories = []
             for start in range(0, len(prompts), self.rollout_batch_size):
                 part = slice(start, start + self.rollout_batch_size)
-                conditioning = self.prompt_cache.get(prompts[part], args.device)
+                conditioning = self.conditioning.get(prompts[part])
 
                 def velocity(latents, sigma, step, conditioning=conditioning):
                     return self.velocity(model, latents, sigma, conditioning, self.rollout_guidance_scale)
@@ -348,7 +396,7 @@ class SRPOTrainer(DiffusionTrainer):
     def _align_term(
         self, model: nn.Module, batch: CleanBatch, sigma: torch.Tensor, branch: str, num_passes: int
     ) -> torch.Tensor:
-        conditioning = self.prompt_cache.get(batch.prompts, batch.clean.device)
+        conditioning = self.conditioning.get(batch.prompts)
 
         def velocity(latents, sigma_in):
             return self.velocity(model, latents, sigma_in, conditioning)
@@ -359,14 +407,14 @@ class SRPOTrainer(DiffusionTrainer):
     def _refl_term(self, model: nn.Module, batch: CleanBatch, step: int, num_passes: int) -> torch.Tensor:
         latents = batch.states[step]
         sigma = self.sigmas[step].to(latents).expand(len(latents))
-        conditioning = self.prompt_cache.get(batch.prompts, latents.device)
+        conditioning = self.conditioning.get(batch.prompts)
         predicted = one_step_prediction(latents, self.velocity(model, latents, sigma, conditioning), sigma)
         return self._preference_term(predicted, batch, sigma, "denoise", "refl") / num_passes
 
     def _draft_term(
         self, model: nn.Module, batch: CleanBatch, noise: torch.Tensor | None, num_passes: int
     ) -> torch.Tensor:
-        conditioning = self.prompt_cache.get(batch.prompts, batch.clean.device)
+        conditioning = self.conditioning.get(batch.prompts)
         start = self.args.num_inference_steps - self.args.draft_steps
         sigmas = self.sigmas.to(batch.clean)
         latents = batch.states[start]
@@ -406,11 +454,7 @@ class SRPOTrainer(DiffusionTrainer):
         values[f"{label}/active"] = (losses != 0).float().mean()
         values[f"{label}/recovery_error"] = (recovered - batch.clean).abs().mean()
         values[f"{label}/clamped"] = ((images <= 0) | (images >= 1)).float().mean()
-        reduced = self.accelerator.reduce(
-            torch.stack([value.detach().float() for value in values.values()]), reduction="mean"
-        )
-        for name, value in zip(values, reduced.tolist(), strict=True):
-            self._metrics["train"][name].append(value)
+        self._running_metrics.add(values)
         return loss
 
     def _reward_prompts(self, reward: str, prompts: list[str]) -> list[list[str]]:
@@ -469,6 +513,21 @@ class SRPOTrainer(DiffusionTrainer):
         gathered = gathered[: args.num_eval_images]
         self.hacking_callback.scores = dict(zip(compared, gathered.T.tolist(), strict=True))
         return scores
+
+
+def active_share(args: SRPOConfig, scores: tuple[float, float], branch: str) -> float:
+    """
+    Share of the landings of a branch with a loss above 0, over the noise levels of `sigma_range` and scores in a range
+    that are alike under both prompts, as those of a reward nearly are.
+    """
+    sigma, score = torch.meshgrid(
+        torch.linspace(*args.sigma_range, 101, dtype=torch.float64),
+        torch.linspace(*scores, 101, dtype=torch.float64),
+        indexing="ij",
+    )
+    ends = args.denoise_discount if branch == "denoise" else args.inversion_discount
+    preference = relative_preference(score, score, discount_at(sigma, args.sigma_range, ends), branch, args.preference)
+    return (preference_loss(preference, args.reward_threshold) > 0).double().mean().item()
 
 
 def one_step_prediction(latents: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

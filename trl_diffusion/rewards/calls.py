@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ..rewards.base import MEMORY_REMEDY, RewardOutOfMemoryError, is_out_of_memory
-from ..rewards.remote import RewardServerError
+from .base import MEMORY_REMEDY, RewardOutOfMemoryError, is_out_of_memory
+from .remote import RewardServerError
 
 
 logger = logging.get_logger(__name__)

@@ -15,15 +15,17 @@
 """A `transformers.Trainer` whose runs lose nothing, whatever happens to them."""
 
 import contextlib
+import itertools
 import json
+import math
 import os
 import random
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -53,7 +55,6 @@ from .checkpoints import (
 )
 from .ema import WeightAverage
 from .resuming import BY_HISTORY, OptimizerSettings, is_function_of_the_step, refuse_changed, saved_state
-from .reward_calls import RewardError, call_reward, shown
 from .sharding import held_weights
 from .updates import FirstUpdate
 
@@ -66,13 +67,13 @@ logger = logging.get_logger(__name__)
 
 # The exit status of a process that SIGTERM ends.
 SIGTERM_STATUS = 128 + signal.SIGTERM
+# Of a step whose gradient is bad, the message tells the rows of so many.
+SHOWN_MICRO_BATCHES = 3
 # Holds room on the disk for a small file that must not fail, whatever becomes of the others.
 RESERVE_NAME, RESERVE_BYTES = "reserve", 2**16
 
 # The weights at which an optimizer with modes trains; the other files of a checkpoint have those that it averages.
 TRAINED_NAME = "trained.safetensors"
-
-T = TypeVar("T")
 
 
 @runtime_checkable
@@ -85,6 +86,10 @@ class OptimizerWithModes(Protocol):
     def train(self) -> None: ...
 
     def eval(self) -> None: ...
+
+
+class ElsewhereError(RuntimeError):
+    """Another process of the run failed."""
 
 
 class StepCallback(TrainerCallback):
@@ -106,7 +111,7 @@ class StepCallback(TrainerCallback):
 class ReliableTrainer(Trainer):
     """
     What a run needs to survive: checkpoints that are whole or not there, a resume that passes over broken ones, a
-    checkpoint on SIGTERM, steps with a non-finite loss or gradient left out, rewards that fail, a full disk, and the
+    checkpoint on SIGTERM, steps with a non-finite loss or gradient left out, foreign code that fails, a full disk, and the
     moving average of the weights.
 
     All processes agree on each of these, so that none waits for another that has stopped.
@@ -124,8 +129,9 @@ class ReliableTrainer(Trainer):
         self._fresh_state: str | None = None  # what a run begins with
         self._saved_step: int | None = None  # of the last checkpoint of this run
         self._terminated = False
-        self._bad_losses: list[str] = []  # of the micro-batches of this step
-        self._step_prompts: list[str] = []
+        # Of the micro-batches of this step the losses of their terms, which stay on their device, and what the messages
+        # call their rows.
+        self._step_losses: list[tuple[list[torch.Tensor], str]] = []
         self._bad_steps_in_a_row = 0
         self._skipped_steps = 0
         self._last_skip = ""
@@ -267,13 +273,20 @@ class ReliableTrainer(Trainer):
             self._check_settings(Path(resume_from_checkpoint), saved_state(resume_from_checkpoint))
         self._saved_step = None
         self._in_train_mode = False
-        self._bad_losses, self._step_prompts = [], []
+        self._step_losses = []
         self.weight_average = None
         try:
             with self._sigterm_handled():
-                return super().train(resume_from_checkpoint, *args, **kwargs)
+                output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.is_in_train = False  # `Trainer` leaves it set where a run ends early
+        update = self._first_update
+        if update is not None and update.unchanged > 0 and not update.seen and self.is_world_process_zero():
+            logger.warning(
+                f"The run has ended after {update.unchanged} optimizer steps that changed none of the trained weights, so "
+                f"nothing is trained. {type(self._own_optimizer).__name__} may be silent in its first steps: train for more."
+            )
+        return output
 
     def _begin_run(self) -> None:
         if self._optimizer_with_modes is not None:
@@ -286,7 +299,7 @@ class ReliableTrainer(Trainer):
         self.state.compute_steps(self.args, self.state.max_steps)
         # Weights that are offloaded to NVMe are not in memory after a step.
         in_memory = self.deepspeed is None or not self.deepspeed.zero_nvme_offload_optimizer()
-        self._first_update = FirstUpdate(self.model, self.optimizer, self.deepspeed) if in_memory else None
+        self._first_update = FirstUpdate(self.model, self._own_optimizer, self.deepspeed) if in_memory else None
         self._remember_step()
         if self._nothing_left() and self.is_world_process_zero():
             logger.warning(
@@ -313,8 +326,8 @@ class ReliableTrainer(Trainer):
             count, self._bad_steps_in_a_row = self._bad_steps_in_a_row, 0
             raise FloatingPointError(
                 f"{self._last_skip} That was step {count} of {count} in a row, so the run stops "
-                f"(max_bad_steps={self.args.max_bad_steps}). Lower learning_rate or max_grad_norm, or check the "
-                f"rewards. {self._save_last_step()}"
+                f"(max_bad_steps={self.args.max_bad_steps}). Lower learning_rate or max_grad_norm, or check what "
+                f"the loss is made of. {self._save_last_step()}"
             )
         self._stop_if_terminated()
 
@@ -387,25 +400,38 @@ class ReliableTrainer(Trainer):
 
     # ---- Steps that are not finite ----
 
-    def _check_loss(self, loss: torch.Tensor, prompts: Sequence[str], index: int, count: int) -> None:
-        """Note a loss that is not finite. Its gradient is taken all the same, since other processes take theirs."""
-        if not torch.isfinite(loss):
-            self._bad_losses.append(
-                f"the loss of term {index + 1} of {count} is {loss.item()} on the prompts {shown(prompts)}"
-            )
+    def _note_loss(self, loss: torch.Tensor) -> None:
+        """
+        Note the loss of a term; nothing waits for its value before the step. The gradient of one that is not finite is
+        taken all the same, since other processes take theirs.
+        """
+        losses, _ = self._step_losses[-1]
+        losses.append(loss.detach().float())
+
+    def _bad_losses(self) -> list[str]:
+        """The losses of this step that are not finite, in words."""
+        return [
+            f"the loss of term {index + 1} of {len(losses)} is {value} on {rows}"
+            for losses, rows in self._step_losses
+            for index, value in enumerate(torch.stack(losses).tolist())
+            if not math.isfinite(value)
+        ]
 
     def _spoil_bad_step(self, loss: torch.Tensor) -> torch.Tensor:
         """
         The last loss of a step, as it is to be backpropagated. DeepSpeed takes the step within that backward pass, so it
         cannot be left out afterwards, but leaves it out itself where the gradient is not finite on any process.
         """
-        if self.deepspeed is not None and self._bad_losses:
-            return loss * torch.nan
-        return loss
+        if self.deepspeed is None:
+            return loss
+        finite = torch.stack([loss for losses, _ in self._step_losses for loss in losses]).isfinite().all()
+        # A factor, since the gradient of what `torch.where` leaves out is 0 times NaN.
+        return loss * torch.where(finite, 1.0, torch.nan)
 
     def _skip_bad_step(self) -> None:
         """Before an optimizer step: take the gradients away where one of them, or a loss, is not finite."""
-        bad = bool(self._bad_losses)
+        bad_losses = self._bad_losses()
+        bad = bool(bad_losses)
         # With float16 the scaler leaves out steps that overflow, and such steps are usual.
         if self.deepspeed is not None:
             bad = bad or not (self.deepspeed.fp16_enabled() or self.deepspeed.was_step_applied())
@@ -416,10 +442,10 @@ class ReliableTrainer(Trainer):
             bad = bad or not torch.nn.utils.get_total_norm(gradients).isfinite()
         bad = self._any_process(bad)
         if bad:
-            reports = gather_object(self._bad_losses)
+            reports = gather_object(bad_losses)
             if not reports:
-                prompts = gather_object(self._step_prompts)
-                reports = [f"the gradient is not finite on the prompts {shown(prompts)}"]
+                rows = dict.fromkeys(gather_object([rows for _, rows in self._step_losses]))
+                reports = [f"the gradient is not finite on {', '.join(itertools.islice(rows, SHOWN_MICRO_BATCHES))}"]
             # An optimizer passes over parameters without a gradient: weights and its state stay as they are.
             self.model.zero_grad(set_to_none=True)
             self._skipped_steps += 1
@@ -429,34 +455,32 @@ class ReliableTrainer(Trainer):
                 logger.warning(self._last_skip)
         else:
             self._bad_steps_in_a_row = 0
-        self._bad_losses, self._step_prompts = [], []
+        self._step_losses = []
 
-    # ---- Rewards that fail ----
+    # ---- Foreign code that fails ----
 
-    def call_reward(self, name: str, prompts: Sequence[str], call: Callable[[], T]) -> T:
+    def stop_together(self, failure: Exception | None, what: str) -> None:
         """
-        Call a reward under `reward_timeout` and `reward_retries`. During a training all processes must call this
-        together: where it fails for good on one of them, all of them save a checkpoint and stop.
+        Where code that is called on all processes has failed on one of them: during a training all of them save a
+        checkpoint and raise. To be called by all processes; outside of a training a failure is raised where it is.
+
+        Args:
+            failure (`Exception`, *optional*): this process's.
+            what (`str`): what failed, for the log.
+
+        Raises:
+            `failure`, or [`ElsewhereError`] where it is another process's.
         """
-        args = self.args
-        result, failure = None, None
-        try:
-            result = call_reward(name, prompts, call, args.reward_timeout, args.reward_retries, args.device)
-        except (RewardError, TypeError, ValueError) as error:
-            failure = error
         if not self.is_in_train:
             if failure is not None:
                 raise failure
-            return result
+            return
         if self._any_process(failure is not None):
             messages = gather_object([] if failure is None else [str(failure)])
             where = self._save_last_step()
-            if failure is None:
-                failure = RewardError(f"On another process: {messages[0]}")
             if self.is_world_process_zero():
-                logger.error(f"The run stops, because a reward failed: {messages[0]}. {where}")
-            raise failure
-        return result
+                logger.error(f"The run stops, because {what} failed: {messages[0]}. {where}")
+            raise ElsewhereError(f"On another process: {messages[0]}") if failure is None else failure
 
     # ---- Moving average ----
 
@@ -487,10 +511,15 @@ class ReliableTrainer(Trainer):
     @property
     def _optimizer_with_modes(self) -> OptimizerWithModes | None:
         """The optimizer, where it has modes."""
-        optimizer = self.optimizer
-        if isinstance(optimizer, AcceleratedOptimizer):  # which has the methods whatever it wraps
-            optimizer = optimizer.optimizer
+        optimizer = self._own_optimizer
         return optimizer if isinstance(optimizer, OptimizerWithModes) else None
+
+    @property
+    def _own_optimizer(self) -> Optimizer | None:
+        """The optimizer without what wraps it; accelerate's wrapper has the methods of modes whatever is in it."""
+        if self.deepspeed is not None:
+            return self.deepspeed.basic_optimizer
+        return self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
 
     @contextlib.contextmanager
     def _eval_mode(self) -> Iterator[None]:

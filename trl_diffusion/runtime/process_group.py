@@ -16,6 +16,7 @@
 
 import atexit
 import functools
+import os
 import time
 
 import torch.distributed
@@ -42,13 +43,16 @@ def destroy_process_group_at_exit() -> None:
 
 
 def _destroy_process_group() -> None:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not torch.distributed.is_available():
         return
-    try:
-        torch.distributed.destroy_process_group()
-    except RuntimeError as error:
-        # After an error the communicator may be broken; what ended the script has been said.
-        logger.warning(f"The process group could not be taken down: {error}")
-    # That ends the threads only where nothing else holds the group, which DDP and DeepSpeed do. Sleeping releases the
-    # interpreter to those that wait for it.
-    time.sleep(GRACE)
+    there_is_one = torch.distributed.is_initialized()
+    if there_is_one:
+        try:
+            torch.distributed.destroy_process_group()
+        except RuntimeError as error:
+            # After an error the communicator may be broken; what ended the script has been said.
+            logger.warning(f"The process group could not be taken down: {error}")
+    # That ends the threads only where nothing else holds the group, which DDP and DeepSpeed do, also of a group that the
+    # script has destroyed itself. Sleeping releases the interpreter to those that wait for it.
+    if there_is_one or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        time.sleep(GRACE)

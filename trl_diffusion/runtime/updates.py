@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
+# Steps in which an optimizer of another package than torch may leave the weights as they are: the first 5 of rectified Adam
+# (https://huggingface.co/papers/1908.03265) do, where it does not fall back to SGD.
+SILENT_STEPS = 10
+
 # Of the elements of a tensor, integers as wide as the floating-point numbers.
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -103,11 +107,12 @@ class FirstUpdate:
 
     Costs two readings of the trained weights and 8 bytes a tensor where the first step changes them, and one more for
     each step that leaves them as they are with good reason: a learning rate of 0, as warm-up has it in its first step,
-    a gradient of 0, or a step that was skipped.
+    a gradient of 0, a step that was skipped, or one of the first [`SILENT_STEPS`] of an optimizer of another package than
+    torch.
 
     Args:
         network (`nn.Module`): that is trained, prepared for it.
-        optimizer (`torch.optim.Optimizer`): that is to change them.
+        optimizer (`torch.optim.Optimizer`): that is to change them, without what wraps it.
         engine (`DeepSpeedEngine`, *optional*): that trains them.
     """
 
@@ -116,6 +121,8 @@ class FirstUpdate:
         self.optimizer = optimizer
         self.engine = engine
         self.seen = False
+        self.unchanged = 0  # steps that should have changed the weights and have not
+        self._silent_steps = 0 if type(optimizer).__module__.startswith("torch.optim") else SILENT_STEPS
         self._before = self._checksums()
         self._learning_rates = self._read_learning_rates()
 
@@ -128,8 +135,8 @@ class FirstUpdate:
             accelerator ([`~accelerate.Accelerator`]): of the run.
 
         Raises:
-            `RuntimeError`: the step changed no weight, though gradient and learning rate were not 0, or there was no
-                gradient at all.
+            `RuntimeError`: the step changed no weight, though gradient and learning rate were not 0 and the optimizer
+                should not be silent any more, or there was no gradient at all.
         """
         if self.seen:
             return
@@ -150,9 +157,13 @@ class FirstUpdate:
                 "run stops. A loss that does not depend on the trained weights does this, or an optimizer that takes the "
                 "gradients away before the step."
             )
-        if any_nonzero:
+        if not any_nonzero:
+            return
+        self.unchanged += 1
+        if self.unchanged > self._silent_steps:
+            steps = "An optimizer step" if self.unchanged == 1 else f"{self.unchanged} optimizer steps"
             raise RuntimeError(
-                f"An optimizer step with the learning rate {learning_rate:g} changed none of the trained weights, "
+                f"{steps} with the learning rate {learning_rate:g} changed none of the trained weights, "
                 "though their gradient is not 0, so the run stops. Either the optimizer holds other weights than those "
                 "that are trained (pass optimizer_cls_and_kwargs, or compare its param_groups with "
                 "trainer.model.parameters()), or learning_rate is too small for the precision of the weights."
