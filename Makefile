@@ -50,7 +50,7 @@ $(INSTALLED_FLOORS): pyproject.toml
 	$(PYTHON) -m venv --clear $(FLOORS)
 	$(FLOORS)/bin/python -m pip install --disable-pip-version-check uv
 	echo deepspeed > $(FLOORS)/excluded.txt
-	$(FLOORS)/bin/uv pip install --python $(FLOORS)/bin/python --resolution lowest-direct --excludes $(FLOORS)/excluded.txt -e ".[test]"
+	$(FLOORS)/bin/uv pip install --python $(FLOORS)/bin/python --resolution lowest-direct --excludes $(FLOORS)/excluded.txt -e ".[quantization,test]"
 	touch $(INSTALLED_FLOORS)
 
 floors: $(INSTALLED_FLOORS)
