@@ -431,7 +431,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
     def velocity(
         self, model: nn.Module, latents: torch.Tensor, sigma: torch.Tensor, conditioning: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        """Velocity `(B, ...)`, float32, at latents and sigma `(B,)`: the forward that rollouts have, [`Sampler.velocity`]."""
+        """Velocity `(B, ...)`, float32, at latents and sigma `(B,)`, by [`Sampler.velocity`], as in a rollout."""
         return self.image_sampler.velocity(model, latents, sigma, conditioning)
 
     @contextlib.contextmanager
