@@ -163,6 +163,7 @@ class SamplingArguments:
         flow_model = load_flow_model(
             self.model_name_or_path, dtype, size=(self.height, self.width), negative_prompt=self.negative_prompt
         )
+        adapters = Adapters(flow_model, files)
         sampler = Sampler.from_settings(
             flow_model,
             self.num_inference_steps,
@@ -172,10 +173,8 @@ class SamplingArguments:
             self.sigma_shift,
             Conditioning(flow_model, device),
             batch_size=self.batch_size,
+            adapter_off=adapters.off if files else None,
         )
-        adapters = Adapters(flow_model, files)
-        if files:
-            sampler.adapter_off = adapters.off
         if len(set(prompts)) <= sampler.conditioning.window:
             sampler.conditioning.keep_all(prompts)
         flow_model.vae.to(device)
