@@ -31,16 +31,14 @@ import torch
 from matplotlib.figure import Figure
 
 from trl_diffusion import shapes
-from trl_diffusion.flow import direct_align_pass, interpolate, rollout, shifted_schedule, transition_coefficients
-from trl_diffusion.models import load_flow_model
+from trl_diffusion.flow import direct_align_pass, interpolate
+from trl_diffusion.models import Sampler, load_flow_model
 from trl_diffusion.trainer.srpo_trainer import one_step_prediction
 
 
 SIGMAS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95]
 DELTA = 0.0214  # a tenth of the width of (0.75, 0.964)
 METHODS = ("Direct-Align, denoise", "Direct-Align, inversion", "one-step prediction")
-SIZE = shapes.IMAGE_SIZE
-GUIDANCE = 3.5
 NUM_STEPS = 10
 
 
@@ -53,15 +51,16 @@ def recover_images(num_images: int, seed: int = 0) -> tuple[torch.Tensor, dict[s
         `tuple`: images `(N, 3, H, W)` in [0, 1], and by method and sigma the recovered images.
     """
     flow = load_flow_model("shapes")
+    sampler = Sampler.from_settings(flow, NUM_STEPS, sigma_shift=3.0, batch_size=num_images)
     held_out = shapes.load_dataset("test")["prompt"]
-    conditioning = flow.encode_prompt([held_out[i % len(held_out)] for i in range(num_images)])
-    noise = flow.draw_noise(num_images, SIZE, SIZE, torch.Generator().manual_seed(seed))
+    prompts = [held_out[i % len(held_out)] for i in range(num_images)]
+    conditioning = sampler.conditioning.get(prompts)
+    noise = flow.draw_noise(num_images, *sampler.size, torch.Generator().manual_seed(seed))
 
-    def velocity(latents, sigma, step=None):
-        return flow.velocity(flow.denoiser, latents, sigma, conditioning, GUIDANCE)
+    def velocity(latents, sigma):
+        return sampler.velocity(flow.denoiser, latents, sigma, conditioning)
 
-    schedule = shifted_schedule(NUM_STEPS).float()
-    clean = rollout(velocity, noise, schedule, transition_coefficients(schedule, None)).clean
+    clean = sampler.rollout(prompts, noise).clean
     recovered = {method: {} for method in METHODS}
     for level in SIGMAS:
         sigma = torch.full((num_images,), level)

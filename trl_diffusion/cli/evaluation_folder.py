@@ -14,6 +14,7 @@
 
 """The folder of `trl-diffusion evaluate`: images, scores and results, of which what is there already is not made again."""
 
+import contextlib
 import gc
 import hashlib
 import json
@@ -30,8 +31,9 @@ from tqdm.auto import tqdm
 
 from .. import shapes
 from ..data.columns import ColumnReader
-from ..evaluation import ImageGenerator, compare, markdown_table, write_report
+from ..evaluation import Adapters, compare, markdown_table, write_report
 from ..evaluation.report import Comparison
+from ..models import Sampler
 from ..rewards import REWARDS, asks_for_column, load_rewards, parse_spec, score_pictures, spec_text, to_pil
 from .evaluate_arguments import BASE, EvaluateArguments
 from .sampling import save_image, write_metadata, write_text
@@ -67,7 +69,8 @@ class Evaluation:
         self.seeds = [args.seed + index for index in range(len(rows))]
         self.digests = {name: self._digests(name) for name in (BASE, *adapters)}
         self.scores: dict[str, dict[str, float | None]] = {}
-        self._generator: ImageGenerator | None = None
+        self._sampler: Sampler | None = None
+        self._loaded: Adapters | None = None
         self.rewards: dict[str, str] = {}  # specification of each reward by the name that it goes by
 
     def path(self, model: str, index: int) -> Path:
@@ -77,8 +80,7 @@ class Evaluation:
     def load(self) -> None:
         """Load the model and its adapters, if there are images to make."""
         if any(self._missing().values()):
-            adapters = {name: str(file) for name, file in self.adapters.items()}
-            self._generator = self.args.make_generator(adapters, self.prompts)
+            self._sampler, self._loaded = self.args.load_sampler(self.adapters, self.prompts)
 
     def draw(self) -> None:
         """Make the images that are not there yet, and let go of the model."""
@@ -98,23 +100,22 @@ class Evaluation:
                     ],
                 )
         # The rewards may need the memory.
-        self._generator = None
+        self._sampler = self._loaded = None
         gc.collect()
         clear_device_cache()
 
     def _draw(self, name: str, indices: list[int], progress: tqdm) -> None:
         done = 0
-        for batch in self._generator.generate(
-            [self.prompts[index] for index in indices],
-            [self.seeds[index] for index in indices],
-            None if name == BASE else name,
-            self.args.adapter_fraction,
-            self.args.batch_size,
-        ):
-            for image in to_pil(batch):
-                save_image(image, self.path(name, indices[done]))
-                done += 1
-            progress.update(len(batch))
+        prompts, seeds = [self.prompts[index] for index in indices], [self.seeds[index] for index in indices]
+        adapter_on, adapter_fraction = contextlib.nullcontext(), 1.0
+        if name != BASE:
+            adapter_on, adapter_fraction = self._loaded.use(name), self.args.adapter_fraction
+        with adapter_on:
+            for batch in self._sampler.draw_images(prompts, seeds, adapter_fraction=adapter_fraction):
+                for image in to_pil(batch):
+                    save_image(image, self.path(name, indices[done]))
+                    done += 1
+                progress.update(len(batch))
 
     def _missing(self) -> dict[str, list[int]]:
         """The images of each model that are not there yet."""

@@ -20,6 +20,7 @@ trl-diffusion generate --model_name_or_path shapes --prompt "a small red circle 
 ```
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,17 +93,16 @@ def main(arguments: Sequence[str]) -> int:
             dataset = args.load_prompts(args.prompts)
             check_prompts(dataset, "prompts")
             prompts = dataset["prompt"][:]
-        adapters = {} if args.adapter is None else {"adapter": str(find_adapter(args.adapter))}
-        generator = args.make_generator(adapters, prompts)
+        files = {} if args.adapter is None else {"adapter": find_adapter(args.adapter)}
+        sampler, adapters = args.load_sampler(files, prompts)
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
     prompts = [prompt for prompt in prompts for _ in range(args.num_images_per_prompt)]
     seeds = [args.seed + index for index in range(len(prompts))]
     images, records = [], []
-    with tqdm(total=len(prompts), desc="Drawing", unit="image") as progress:
-        for batch in generator.generate(
-            prompts, seeds, next(iter(adapters), None), args.adapter_fraction, args.batch_size
-        ):
+    adapter_on = adapters.use("adapter") if files else contextlib.nullcontext()
+    with adapter_on, tqdm(total=len(prompts), desc="Drawing", unit="image") as progress:
+        for batch in sampler.draw_images(prompts, seeds, adapter_fraction=args.adapter_fraction):
             for image in to_pil(batch):
                 index = len(images)
                 save_image(image, folder / f"{index:05d}.png")

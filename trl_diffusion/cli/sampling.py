@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from PIL import Image
 
-    from ..evaluation import ImageGenerator
+    from ..evaluation import Adapters
+    from ..models import Sampler
 
 
 # Names of torch's, besides "auto".
@@ -146,24 +147,39 @@ class SamplingArguments:
             name, self.prompts_split, self.prompts_config, self.streaming, self.max_prompts, self.prompt_column
         )
 
-    def make_generator(self, adapters: dict[str, str], prompts: Sequence[str]) -> "ImageGenerator":
-        """Load the model and its adapters."""
+    def load_sampler(self, files: dict[str, Path], prompts: Sequence[str]) -> tuple["Sampler", "Adapters"]:
+        """Load the model and its adapters, and encode the prompts that will be drawn, where they are few."""
         import torch
+        from accelerate import PartialState
 
-        from ..evaluation import ImageGenerator
+        from ..evaluation import Adapters
+        from ..models import Conditioning, Sampler, load_flow_model
 
-        return ImageGenerator(
-            self.model_name_or_path,
-            adapters,
-            prompts,
-            height=self.height,
-            width=self.width,
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            negative_prompt=self.negative_prompt,
-            sigma_shift=self.sigma_shift,
-            torch_dtype=None if self.dtype == "auto" else getattr(torch, self.dtype),
+        device = PartialState().device
+        if self.dtype == "auto":
+            dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        else:
+            dtype = getattr(torch, self.dtype)
+        flow_model = load_flow_model(
+            self.model_name_or_path, dtype, size=(self.height, self.width), negative_prompt=self.negative_prompt
         )
+        adapters = Adapters(flow_model, files)
+        sampler = Sampler.from_settings(
+            flow_model,
+            self.num_inference_steps,
+            self.height,
+            self.width,
+            self.guidance_scale,
+            self.sigma_shift,
+            Conditioning(flow_model, device),
+            batch_size=self.batch_size,
+            adapter_off=adapters.off if files else None,
+        )
+        if len(set(prompts)) <= sampler.conditioning.window:
+            sampler.conditioning.keep_all(prompts)
+        flow_model.vae.to(device)
+        flow_model.denoiser.to(device)
+        return sampler, adapters
 
 
 def save_image(image: "Image.Image", path: Path) -> None:

@@ -14,9 +14,9 @@
 
 """Adapters against their base model, on the same prompts and the same noise."""
 
+from .adapters import Adapters
 from .comparison import compare, markdown_table
-from .generator import ImageGenerator
 from .report import write_report
 
 
-__all__ = ["ImageGenerator", "compare", "markdown_table", "write_report"]
+__all__ = ["Adapters", "compare", "markdown_table", "write_report"]

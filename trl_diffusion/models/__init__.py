@@ -17,7 +17,7 @@ from .conditioning import Conditioning, open_prompt_store
 from .flux import FluxFlowModel
 from .loading import FLOW_MODELS, load_flow_model, whole_weights
 from .qwen_image import QwenImageFlowModel
-from .sampling import sample_latents
+from .sampler import Sampler
 from .sd3 import SD3FlowModel
 
 
@@ -28,8 +28,8 @@ __all__ = [
     "FluxFlowModel",
     "QwenImageFlowModel",
     "SD3FlowModel",
+    "Sampler",
     "load_flow_model",
     "open_prompt_store",
-    "sample_latents",
     "whole_weights",
 ]

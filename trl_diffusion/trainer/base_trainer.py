@@ -24,6 +24,7 @@ import time
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,9 +51,8 @@ from transformers.utils import logging as transformers_logging
 from ..data.columns import ColumnReader
 from ..data.prompts import check_prompts, column_names
 from ..data.sampler import BucketSampler, GroupSampler, GroupStream
-from ..flow import shifted_schedule, transition_coefficients
 from ..hub import check_lora_config, check_names, hub_id, plain_network, save_adapter
-from ..models import Conditioning, load_flow_model, open_prompt_store, sample_latents, whole_weights
+from ..models import Conditioning, Sampler, load_flow_model, open_prompt_store, whole_weights
 from ..models.quantization import check_quantization, quantization_config
 from ..rewards import Reward, asks_for_column, check_reward, load_rewards, score_images
 from ..rewards.calls import RewardError, call_reward, shown
@@ -224,10 +224,11 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
                 f"The pipeline has {fused_loras} fused into its weights. What is trained goes on top of that, and the model "
                 "card says so: whoever loads the new LoRA loads and fuses them first."
             )
-        self.height = self.flow.default_size[0] if args.height is None else args.height
-        self.width = self.flow.default_size[1] if args.width is None else args.width
-        self.flow.check_size(self.height, self.width)
-        self.guidance_scale = self.flow.default_guidance_scale if args.guidance_scale is None else args.guidance_scale
+        self.image_sampler = self._make_image_sampler(args, has_adapter=not full_fine_tuning)
+        self.conditioning = self.image_sampler.conditioning
+        self.sigmas = self.image_sampler.sigmas
+        self.height, self.width = self.image_sampler.size
+        self.guidance_scale = self.image_sampler.guidance_scale
         with whole_weights():
             self.rewards = load_rewards(reward_specs)
             self.watched_rewards = load_rewards(watch_specs)
@@ -271,14 +272,6 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
             network = get_peft_model(denoiser, peft_config, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
         self.flow.freeze_unused(network)
         check_optimizer_holds(optimizers[0], network)
-
-        if args.sigma_shift is None:
-            sigmas = self.flow.schedule(args.num_inference_steps, self.height, self.width)
-        else:
-            sigmas = shifted_schedule(args.num_inference_steps, args.sigma_shift)
-        # The network is told these very values, and the algebra uses them.
-        self.sigmas = sigmas.float()
-        self.euler = transition_coefficients(self.sigmas, None)
 
         self._card_arguments = {}
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
@@ -346,13 +339,28 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
     def _default_peft_config(self) -> LoraConfig:
         return LoraConfig(**DEFAULT_LORA, target_modules=self.flow.lora_target_modules)
 
+    def _make_image_sampler(self, args: DiffusionConfig, has_adapter: bool) -> Sampler:
+        store = open_prompt_store(self.flow, args.prompt_cache_gib) if args.cache_prompt_embeds else None
+        window = -(-args.prompt_window // args.world_size)
+        conditioning = Conditioning(self.flow, args.device, window, store)
+        conditioning.upcoming = self._upcoming_prompts
+        return Sampler.from_settings(
+            self.flow,
+            args.num_inference_steps,
+            args.height,
+            args.width,
+            args.guidance_scale,
+            args.sigma_shift,
+            conditioning,
+            batch_size=args.rollout_batch_size or args.per_device_train_batch_size,
+            generator_device=args.device,
+            forward_context=self._forward_context,
+            adapter_off=self.adapter_off if has_adapter else None,
+        )
+
     def _prepare_conditioning(
         self, args: DiffusionConfig, train_dataset: Dataset | IterableDataset, eval_dataset: Dataset | None
     ) -> None:
-        store = open_prompt_store(self.flow, args.prompt_cache_gib) if args.cache_prompt_embeds else None
-        window = -(-args.prompt_window // args.world_size)
-        self.conditioning = Conditioning(self.flow, args.device, window, store)
-        self.conditioning.upcoming = self._upcoming_prompts
         if isinstance(train_dataset, Dataset):
             datasets = [train_dataset] if eval_dataset is None else [eval_dataset, train_dataset]
             prompts: dict[str, None] = {}
@@ -366,7 +374,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         if eval_dataset is not None:
             share = evaluation_share(args.num_eval_images, args.process_index, args.world_size)
             prompts = dict.fromkeys(eval_dataset[index % len(eval_dataset)]["prompt"] for index in share)
-            if len(prompts) <= window:
+            if len(prompts) <= self.conditioning.window:
                 self.conditioning.keep(prompts)
 
     @abstractmethod
@@ -421,18 +429,14 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
     # ---- Sampling ----
 
     def velocity(
-        self,
-        model: nn.Module,
-        latents: torch.Tensor,
-        sigma: torch.Tensor,
-        conditioning: dict[str, torch.Tensor],
-        guidance_scale: float | None = None,
+        self, model: nn.Module, latents: torch.Tensor, sigma: torch.Tensor, conditioning: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        """
-        The one forward of rollout and training: velocity `(B, ...)`, float32, at latents and sigma `(B,)`, at the
-        trainer's guidance unless another is given.
-        """
-        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        """Velocity `(B, ...)`, float32, at latents and sigma `(B,)`, by [`Sampler.velocity`], as in a rollout."""
+        return self.image_sampler.velocity(model, latents, sigma, conditioning)
+
+    @contextlib.contextmanager
+    def _forward_context(self) -> Iterator[None]:
+        """What each forward of the network runs in, in a rollout and in training."""
         # Once the training has begun, DeepSpeed has converted the weights and FSDP2 converts them; elsewhere autocast does.
         if self.deepspeed is not None:
             self.flow.dtype = next(self.deepspeed.module.parameters()).dtype
@@ -442,7 +446,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         ):
             self.flow.dtype = self.accelerator.state.fsdp_plugin.mixed_precision_policy.param_dtype
         with self.compute_loss_context_manager():
-            return self.flow.velocity(model, latents, sigma, conditioning, guidance_scale)
+            yield
 
     def _global_index(self, count: int) -> list[int]:
         """The place among the images of all processes of each of this process's rows, see [`GroupSampler`]."""
@@ -472,15 +476,10 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         """Standard normal noise like the latents `(B, ...)`, one generator a sample."""
         return randn_tensor(tuple(like.shape), generator=generators, device=like.device, dtype=like.dtype)
 
-    def draw_initial_noise(self, generators: list[torch.Generator]) -> torch.Tensor:
-        """Noise `(B, ...)`, float32, in the latents' layout, one generator a sample."""
-        return self.flow.draw_noise(len(generators), self.height, self.width, generators, self.args.device)
-
-    @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images `(B, 3, H, W)` in [0, 1], float32, without gradient, decoded `rollout_batch_size` at a time."""
         with self.on_accelerator(self.flow.vae):
-            return torch.cat([self.flow.decode(part) for part in latents.split(self.rollout_batch_size)])
+            return self.image_sampler.decode(latents)
 
     @property
     def frozen_modules(self) -> list[nn.Module]:
@@ -502,7 +501,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
 
     @property
     def rollout_batch_size(self) -> int:
-        return self.args.rollout_batch_size or self.args.per_device_train_batch_size
+        return self.image_sampler.batch_size
 
     @torch.no_grad()
     def generate(
@@ -530,26 +529,9 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         Returns:
             `torch.Tensor` of shape `(B, 3, H, W)`, float32, in [0, 1], on the CPU.
         """
-        if adapter_fraction < 1 and not self.has_adapter:
-            raise ValueError(
-                f"adapter_fraction={adapter_fraction} needs an adapter to switch off, but all weights are trained."
-            )
+        sampler = self.image_sampler if batch_size is None else replace(self.image_sampler, batch_size=batch_size)
         with self.averaged_weights(), self.rollout_model() as model:
-            latents = sample_latents(
-                self.flow,
-                partial(self.velocity, model),
-                self.conditioning.get,
-                prompts,
-                seeds,
-                self.sigmas,
-                (self.height, self.width),
-                self.args.device,
-                batch_size or self.rollout_batch_size,
-                adapter_fraction,
-                self.adapter_off,
-                generator_device=self.args.device,
-            )
-            clean = list(latents)
+            clean = list(sampler.draw_latents(prompts, seeds, model, adapter_fraction))
         return torch.cat([self.decode(part).cpu() for part in clean])
 
     @contextlib.contextmanager

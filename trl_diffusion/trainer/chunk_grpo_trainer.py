@@ -39,7 +39,6 @@ from ..flow import (
     chunk_steps,
     draw_chunks,
     log_prob,
-    rollout,
     temporal_chunk_sizes,
     temporal_chunk_weights,
     transition_coefficients,
@@ -274,7 +273,7 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         args = self.args
         index = self._global_index(len(prompts))
         noise_index = [i // args.num_generations for i in index] if args.shared_noise == "group" else index
-        initial = self.draw_initial_noise(self.generators(_INITIAL_NOISE, generation, noise_index))
+        initial = self.image_sampler.draw_noise(self.generators(_INITIAL_NOISE, generation, noise_index))
         sampling = self.generators(_SAMPLING_NOISE, generation, index)
 
         # Which chunks train is known before the rollout, unless it depends on the rollout's dynamics.
@@ -283,21 +282,8 @@ class ChunkGRPOTrainer(DiffusionTrainer):
             drawn = self._draw_chunks(generation, None)
         keep = range(args.num_inference_steps - 1) if drawn is None else sum(drawn, [])
 
-        trajectories = []
         with self.rollout_model() as model:
-            for start in range(0, len(prompts), self.rollout_batch_size):
-                part = slice(start, start + self.rollout_batch_size)
-                conditioning = self.conditioning.get(prompts[part])
-                noise, generators = initial[part], sampling[part]
-
-                def velocity(latents, sigma, step, conditioning=conditioning):
-                    return self.velocity(model, latents, sigma, conditioning)
-
-                def draw_noise(generators=generators, noise=noise):
-                    return self.randn(generators, noise)
-
-                trajectories.append(rollout(velocity, noise, self.sigmas, self.transitions, draw_noise, keep))
-        trajectory = Trajectory.cat(trajectories)
+            trajectory = self.image_sampler.rollout(prompts, initial, model, self.transitions, sampling, keep)
 
         changes = trajectory.relative_changes.mean(0)[:-1]
         changes = self.accelerator.reduce(changes, reduction="mean").cpu()

@@ -16,7 +16,7 @@
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from transformers import TrainerCallback
 from ..data.images import ImageBuckets
 from ..data.prompts import column_names
 from ..data.sampler import BucketSampler, GroupStream
-from ..flow import Trajectory, direct_align_pass, interpolate, rollout
+from ..flow import direct_align_pass, interpolate
 from ..objectives import discount_at, preference_loss, relative_preference
 from ..rewards import Reward, RewardModel, TwoTowerReward, is_differentiable, usual_range
 from .base_trainer import DiffusionTrainer, LossTerm
@@ -154,9 +154,9 @@ class SRPOTrainer(DiffusionTrainer):
             for size in sizes.values():
                 self.flow.check_size(*size)
             logger.info(f"Images of the dataset are trained at (height, width) {sorted(sizes.values())}.")
-        self.rollout_guidance_scale = (
-            self.guidance_scale if args.rollout_guidance_scale is None else args.rollout_guidance_scale
-        )
+        self.rollout_sampler = self.image_sampler
+        if args.rollout_guidance_scale is not None:
+            self.rollout_sampler = replace(self.image_sampler, guidance_scale=args.rollout_guidance_scale)
         if args.estimator == "refl":
             low, high = args.sigma_range
             self._refl_steps = [i for i, sigma in enumerate(self.sigmas[:-1].tolist()) if low <= sigma <= high]
@@ -323,19 +323,10 @@ class SRPOTrainer(DiffusionTrainer):
     def _online_batch(self, prompts: list[str], numbers: list[int], sigmas: torch.Tensor) -> CleanBatch:
         """Images of the current policy, with the noise they were made from."""
         args = self.args
-        initial = self.draw_initial_noise(self.generators(_INITIAL_NOISE, numbers))
+        initial = self.image_sampler.draw_noise(self.generators(_INITIAL_NOISE, numbers))
         steps = self._start_steps()
         with self.timed("rollout"), self.rollout_model() as model:
-            trajectories = []
-            for start in range(0, len(prompts), self.rollout_batch_size):
-                part = slice(start, start + self.rollout_batch_size)
-                conditioning = self.conditioning.get(prompts[part])
-
-                def velocity(latents, sigma, step, conditioning=conditioning):
-                    return self.velocity(model, latents, sigma, conditioning, self.rollout_guidance_scale)
-
-                trajectories.append(rollout(velocity, initial[part], self.sigmas, self.euler, keep=steps))
-            trajectory = Trajectory.cat(trajectories)
+            trajectory = self.rollout_sampler.rollout(prompts, initial, model, keep=steps)
         clean = trajectory.clean
         self._images_since_log += len(prompts)
         self._score_rollout(clean, prompts)
