@@ -50,7 +50,7 @@ $(INSTALLED_FLOORS): pyproject.toml
 	$(PYTHON) -m venv --clear $(FLOORS)
 	$(FLOORS)/bin/python -m pip install --disable-pip-version-check uv
 	echo deepspeed > $(FLOORS)/excluded.txt
-	$(FLOORS)/bin/uv pip install --python $(FLOORS)/bin/python --resolution lowest-direct --excludes $(FLOORS)/excluded.txt -e ".[test]"
+	$(FLOORS)/bin/uv pip install --python $(FLOORS)/bin/python --resolution lowest-direct --excludes $(FLOORS)/excluded.txt -e ".[quantization,test]"
 	touch $(INSTALLED_FLOORS)
 
 floors: $(INSTALLED_FLOORS)
@@ -65,6 +65,7 @@ campaigns: $(INSTALLED_ALL)
 	PYTHONPATH=tests $(BIN)/python tests/campaigns/launchers.py
 	PYTHONPATH=tests $(BIN)/python tests/campaigns/full_disk.py
 	PYTHONPATH=tests $(BIN)/python tests/campaigns/exits.py --launches 100
+	PYTHONPATH=tests $(BIN)/python tests/campaigns/resizing.py
 
 lint: $(INSTALLED_ALL)
 	$(BIN)/ruff check .

@@ -99,6 +99,7 @@ def test_what_is_imported_is_found():
     assert "trl_diffusion.trainer.srpo_trainer" in GRAPH["trl_diffusion.cli.demo_srpo"]
     assert {"trl_diffusion.shapes", "trl_diffusion.rewards.shapes_clip"} <= GRAPH["trl_diffusion.rewards"]
     assert "trl_diffusion.trainer" in GRAPH["trl_diffusion"]
+    assert "trl_diffusion.runtime.ema" in GRAPH["trl_diffusion.runtime.reliable_trainer"]
     assert "trl_diffusion.trainer.chunk_grpo_trainer" in GRAPH["trl_diffusion.trainer"]
 
 
@@ -112,9 +113,7 @@ def test_modules_import_in_no_circle():
 def test_rooms_import_in_no_circle():
     rooms = defaultdict(set)
     for module, imported in GRAPH.items():
-        rooms[room(module)] |= {room(other) for other in imported if (module, room(other)) not in EXCEPTIONS} - {
-            room(module)
-        }
+        rooms[room(module)] |= {room(other) for other in imported} - {room(module)}
     try:
         TopologicalSorter(rooms).prepare()
     except CycleError as error:
@@ -129,13 +128,19 @@ def test_dependencies_point_one_way():
         for other in imported
         if module != "trl_diffusion"  # which hands on what users import
         and room(other) != room(module)
-        and (module, room(other)) not in EXCEPTIONS
         and not (
             room(other)
             and (HEIGHT[room(other)] < HEIGHT[room(module)] or {room(module), room(other)} <= MIDDLE - {"runtime"})
         )
     ]
     assert wrong == []
+
+
+def test_the_runtime_knows_no_image_and_no_prompt():
+    """It would do for another trainer of transformers."""
+    for module, imported in GRAPH.items():
+        if room(module) == "runtime":
+            assert {room(other) for other in imported} <= {"runtime"}, module
 
 
 def test_the_mathematics_imports_torch_alone():

@@ -53,6 +53,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from trl_diffusion.metrics import mean_interval
 from trl_diffusion.shapes import ALL_SCENES, ATTRIBUTES, STYLES, draw, judge, load_dataset, pipeline_path, preprocess
 
 
@@ -494,11 +495,10 @@ def train_clip(output_dir: Path, num_steps: int, num_images: int, batch_size: in
     tokenizer.save_pretrained(output_dir / "clip")
 
 
-def interval(values: np.ndarray) -> dict[str, float]:
-    """Mean with its 95 % confidence interval (normal approximation)."""
-    half = 1.96 * values.std(ddof=1) / math.sqrt(len(values))
-    mean = values.mean()
-    return {"mean": round(float(mean), 4), "low": round(float(mean - half), 4), "high": round(float(mean + half), 4)}
+def interval(values: np.ndarray, prompts: list[str]) -> dict[str, float]:
+    """Mean with its 95 % confidence interval over prompts."""
+    ends = mean_interval(values, prompts)
+    return {name: round(end, 4) for name, end in zip(("mean", "low", "high"), ends, strict=True)}
 
 
 def sample_grid(images: Tensor, columns: int, path: Path, zoom: int = 3) -> None:
@@ -550,7 +550,7 @@ def report_flux(report: dict, pipeline: FluxPipeline, grid: Path, samples_per_pr
     report["base_on_held_out_prompts"] = {
         "images": len(images),
         "images_per_second": round(len(images) / seconds, 1),
-        **{key: interval(values) for key, values in judge(images, prompts).items()},
+        **{key: interval(values, prompts) for key, values in judge(images, prompts).items()},
     }
     sample_grid(images[::2], 20, grid)
 

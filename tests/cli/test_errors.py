@@ -42,6 +42,9 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "broken.yaml").write_text("a: [1\n")
     (tmp_path / "latin.yaml").write_bytes(b"output_dir: \xe4\n")
     (tmp_path / "models" / "empty").mkdir(parents=True)
+    for name, content in (("train.parquet", "PAR1 cut off"), ("train.jsonl", '{"prompt": "a"}\n{"prompt')):
+        (tmp_path / f"folder_of_{name}").mkdir()
+        (tmp_path / f"folder_of_{name}" / name).write_text(content)
     return tmp_path
 
 
@@ -90,6 +93,11 @@ def told(capsys, command: list[str]) -> str:
         (["chunk_grpo", *TRAINING, "--save_strategy", "never"], "never"),
         (["chunk_grpo", *TRAINING, "--reward_funcs", "hpsv9"], "Unknown reward 'hpsv9'"),
         (["chunk_grpo", *TRAINING, "--dataset_name", "prompts.jsnl"], "Did you mean 'prompts.jsonl'?"),
+        (
+            ["chunk_grpo", *TRAINING, "--dataset_name", "folder_of_train.parquet"],
+            "parquet' cannot be read: ArrowInvalid: ",
+        ),
+        (["generate", *MODEL, "--prompts", "folder_of_train.jsonl"], "jsonl' cannot be read: "),
         (["chunk_grpo", *TRAINING, "--dataset_name", "nobody/nothing"], "Couldn't reach 'nobody/nothing' on the Hub"),
         (["chunk_grpo", *TRAINING, "--output_dir", "a_file"], "not writable"),
         (["chunk_grpo", *TRAINING, "--resume_from_checkpoint", "out/checkpoint-7"], "there is no such folder"),

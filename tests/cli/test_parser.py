@@ -94,6 +94,34 @@ def test_presets_of_the_command_are_those_of_the_class(tmp_path, command):
         assert different == []
 
 
+@pytest.mark.parametrize(("command", "config"), COMMANDS)
+def test_a_preset_has_its_rewards_which_file_and_command_line_override(command, config, tmp_path):
+    required = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", str(tmp_path), "--use_cpu"]
+    (tmp_path / "run.yaml").write_text("reward_funcs: [aesthetic]\n")
+    for name, rewards in config.PRESET_REWARDS.items():
+        for more, expected in [
+            ([], rewards),
+            (["--config", str(tmp_path / "run.yaml")], ["aesthetic"]),
+            (["--reward_funcs", "clip:scale=2"], ["clip:scale=2"]),
+        ]:
+            script, _ = command.make_parser().parse_args_and_config([*required, "--preset", name, *more])
+            assert script.reward_funcs == expected
+
+
+def test_a_file_gives_rewards_their_options(tmp_path):
+    text = "model_name_or_path: m\ndataset_name: d\n" + (
+        "reward_funcs: [{name: pickscore, scale: 0.05}, hpsv2:dtype=bfloat16]\n"
+        "watch_reward_funcs: {name: clip, reward_batch_size: 4}\n"
+    )
+    (tmp_path / "run.yaml").write_text(text + f"output_dir: {tmp_path}\n")
+    script, _ = chunk_grpo.make_parser().parse_args_and_config(["--config", str(tmp_path / "run.yaml")])
+    assert script.reward_funcs == [{"name": "pickscore", "scale": 0.05}, "hpsv2:dtype=bfloat16"]
+    assert script.watch_reward_funcs == [{"name": "clip", "reward_batch_size": 4}]
+    (tmp_path / "run.yaml").write_text(text.replace("scale", "scal") + f"output_dir: {tmp_path}\n")
+    with pytest.raises(ValueError, match="no option 'scal'"):
+        chunk_grpo.make_parser().parse_args_and_config(["--config", str(tmp_path / "run.yaml")])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -125,11 +153,11 @@ def test_wrong_file(tmp_path, text, message):
 
 def test_numbers_and_words_that_yaml_reads_otherwise(tmp_path):
     # YAML 1.1: 1e-5 is a string and a bare no is false.
-    text = "learning_rate: 1e-5\neval_strategy: no\nreward_weights: [1e-1]\nwatch_reward_funcs: ocr:a.b\nlog_samples: off\n"
+    text = "learning_rate: 1e-5\neval_strategy: no\nreward_weights: [1e-1]\nwatch_reward_funcs: ocr:re.findall\nlog_samples: off\n"
     script, config = parse(tmp_path, [], text)
     assert config.learning_rate == 1e-5 and config.eval_strategy == "no"
     assert config.reward_weights == [0.1] and config.log_samples is False
-    assert script.watch_reward_funcs == ["ocr:a.b"]
+    assert script.watch_reward_funcs == ["ocr:re.findall"]
 
 
 def test_prompts_from_folders(tmp_path):

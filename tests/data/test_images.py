@@ -293,6 +293,9 @@ class TestBuckets:
         sizes = [(100, 100), (150, 100), (100, 150), (178, 100), (103, 100), (1000, 100)]
         buckets = ImageBuckets(dataset_of([encoded(picture(*size)) for size in sizes]))
         assert [RATIOS[bucket] for bucket in buckets.bucket_of_row] == [1, 3 / 2, 2 / 3, 16 / 9, 1, 2]
+        # 27 / 44 lies nearer to 9 / 16 by its difference, and to 2 / 3 by its quotient.
+        near = ImageBuckets(dataset_of([encoded(picture(27, 44)), encoded(picture(44, 27))]))
+        assert [RATIOS[bucket] for bucket in near.bucket_of_row] == [2 / 3, 3 / 2]
         trained = [buckets.size(row, (512, 512), 16) for row in buckets.dataset]
         assert trained[0] == trained[4] == (512, 512)
         assert trained[1] == trained[2][::-1] == (416, 624)

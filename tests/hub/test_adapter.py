@@ -109,9 +109,10 @@ VARIANTS = {
     "excluded": {"exclude_modules": ["to_k", "proj_out"]},
     "one layer": {"layers_to_transform": [0]},
     "one pattern of layers": {
-        "target_modules": ["to_q"],
+        # In transformer_blocks.0.ff.net.0.proj: PEFT before 0.21 finds no pattern at the start of a name.
+        "target_modules": ["proj", "to_q"],
         "layers_to_transform": [0],
-        "layers_pattern": "single_transformer_blocks",
+        "layers_pattern": "net",
     },
     "offloaded computation": {"runtime_config": LoraRuntimeConfig(ephemeral_gpu_offload=True)},
 }

@@ -64,7 +64,7 @@ def session(tmp_path_factory):
     hub.expect(
         "alice/broken",
         faults=[
-            ("upload", "drop"),  # the client itself tries again
+            ("upload", "503"),  # the client itself tries again
             ("commit", "drop"),  # step 1: the connection breaks off after all files are there
             ("upload", "403"),  # step 2
             ("preupload", "401"),  # step 3: the token has been revoked

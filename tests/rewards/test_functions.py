@@ -117,7 +117,6 @@ class Module(torch.nn.Module):
         lambda prompts, images, **columns: rated(images, prompts),
         lambda pictures, captions: rated(pictures, captions),
     ],
-    ids=str,
 )  # fmt: skip
 def test_every_way_of_writing_one(reward):
     check_reward(reward, COLUMNS)

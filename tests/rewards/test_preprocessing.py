@@ -17,9 +17,12 @@
 import numpy as np
 import pytest
 import torch
+from campaigns import resizing
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from trl_diffusion import shapes
+from trl_diffusion.rewards import load_reward
 from trl_diffusion.rewards.preprocessing import (
     center_crop,
     check_images,
@@ -63,6 +66,16 @@ def test_resize_like_pil(size, target):
     assert torch.equal(ours, to_tensor([image.resize(target[::-1], Image.Resampling.BICUBIC)]))
     # What a gradient passes through has the same values.
     assert torch.equal(resize_like_pil(to_tensor([image]).requires_grad_(), *target), ours)
+
+
+def test_rewards_are_those_of_pictures_that_pillow_resized():
+    """The campaign of `make campaigns` in short: two clamped passes of PyTorch's would move them."""
+    images, captions = resizing.drawings(8)
+    reward = load_reward(f"clip:{shapes.clip_path()}", dtype=torch.float32)
+    expected = resizing.scores(reward, images, captions, resizing.pillow)
+    assert torch.equal(reward.score(images, captions).double(), expected)
+    moves = resizing.scores(reward, images, captions, resizing.clamped) - expected
+    assert moves.abs().max() > 1e-3 * expected.std()
 
 
 def test_one_pass_without_clamp_would_not_do():

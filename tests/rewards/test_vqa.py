@@ -85,7 +85,7 @@ def test_probability_of_yes(folder, pictures):
     reward = VQAReward(folder, question=QUESTION)
     assert reward_name(reward) == "vqa"
     prompts = ["cat", "dog dog dog", "<image> cat <end>"]
-    ours = reward(pictures, prompts, other=[1, 2, 3])
+    ours = reward(pictures, prompts)
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     for picture, words, score in zip(pictures, (["cat"], ["dog"] * 3, ["cat"]), ours, strict=True):

@@ -138,6 +138,8 @@ def test_presets_are_valid(name, tmp_path):
         ([{"prompt": "a"}, {"prompt": "  "}], ValueError, "Row 1 of train_dataset has an empty prompt '  '"),
         ([{"prompt": 1}, {"prompt": 2}], TypeError, "Row 0 of train_dataset has the prompt 1 of type int"),
         ([{"prompt": "a"}, {"prompt": None}], TypeError, "Row 1 of train_dataset has the prompt None"),
+        ([{"prompt": "a", "images": 1}], ValueError, "has a column 'images'.*drawn images.*rename_column"),
+        ([{"prompt": "a", "prompts": "b"}], ValueError, "train_dataset has a column 'prompts'.*Rename it"),
         ([{"prompt": "a"}], ValueError, "has 1 prompts, but a generation needs 2"),
     ],
 )
@@ -174,8 +176,8 @@ def test_dataset_of_another_kind(make_trainer):
     with pytest.raises(TypeError, match="must be a datasets.Dataset, got list"):
         make_trainer(train_dataset=["a cat"])
     stream = Dataset.from_list([{"prompt": "a"}]).to_iterable_dataset()
-    with pytest.raises(TypeError, match="got IterableDataset"):
-        make_trainer(train_dataset=stream)
+    with pytest.raises(TypeError, match="eval_dataset must be a datasets.Dataset, got IterableDataset"):
+        make_trainer(eval_dataset=stream)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +185,14 @@ def test_dataset_of_another_kind(make_trainer):
     [
         ({"reward_funcs": []}, ValueError, "reward_funcs is empty"),
         ({"reward_funcs": "nothing"}, ValueError, "Unknown reward 'nothing'"),
+        ({"reward_funcs": "pickscore:scal=2"}, ValueError, "no option 'scal'"),
+        (
+            {"reward_funcs": lambda images, prompts, style: []},
+            TypeError,
+            r"<lambda>\(images, prompts, style\) cannot be called: 'style' is neither .* columns \[\]",
+        ),
+        ({"watch_reward_funcs": lambda style=None: []}, TypeError, "takes neither images nor prompts"),
+        ({"watch_reward_funcs": ["no_module_of_mine.warmth"]}, ValueError, "there is no module 'no_module_of_mine'"),
         ({"reward_weights": [1.0, 2.0]}, ValueError, "reward_weights has 2 values for 1 reward functions"),
         ({"peft_config": True}, TypeError, "peft_config must be a peft.LoraConfig"),
         ({"peft_config": LoHaConfig()}, ValueError, "LoHaConfig"),
@@ -291,7 +301,7 @@ def test_non_finite_loss_is_not_applied(make_trainer):
 
 def test_evaluation_prompts_must_be_known(make_trainer):
     trainer = make_trainer()
-    with pytest.raises(ValueError, match="evaluation prompt 'unseen' was not among the datasets"):
+    with pytest.raises(ValueError, match="The prompt 'unseen' was not among the datasets"):
         trainer.evaluate(Dataset.from_list([{"prompt": "unseen"}]))
 
 

@@ -92,6 +92,17 @@ def test_rollouts_are_of_the_weights_that_are_trained(tmp_path):
     assert all(log["ratio/mean"] == 1 and log["rollout_logp_gap"] < 1e-5 for log in logs)
 
 
+def test_a_checkpoint_without_the_trained_weights_is_refused(tmp_path):
+    run("srpo", tmp_path, "adamw_torch", max_steps=1)
+    trainer = make_trainer("srpo", tmp_path, **SETTINGS, optim="schedule_free_sgd")
+    with pytest.raises(ValueError, match="checkpoint-1 .*: optim was 'adamw_torch' and is 'schedule_free_sgd'"):
+        trainer.train(resume_from_checkpoint=True)
+    run("srpo", tmp_path / "cut", "schedule_free_sgd", max_steps=1)
+    (tmp_path / "cut" / "checkpoint-1" / "trained.safetensors").unlink()
+    with pytest.raises(ValueError, match="is no whole checkpoint: .*trained.safetensors"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-1"))
+
+
 def test_what_does_not_go_together_is_refused(tmp_path, monkeypatch):
     settings = {"output_dir": str(tmp_path), "use_cpu": True, "optim": "schedule_free_adamw"}
     with pytest.raises(ValueError, match="averages the weights itself, so ema_decay=0.9 would average twice"):

@@ -36,6 +36,7 @@ from safetensors.torch import load_file
 import trl_diffusion
 from trl_diffusion import ChunkGRPOConfig
 from trl_diffusion.rewards import calls as reward_calls
+from trl_diffusion.rewards import score_images
 from trl_diffusion.rewards.calls import RewardError, call_reward
 from trl_diffusion.runtime.checkpoints import (
     MANIFEST_NAME,
@@ -330,6 +331,32 @@ class TestRewards:
         with pytest.raises(ValueError, match="two scores"):
             call_reward("r", ["a"], answer, None, 5, torch.device("cpu"))
         assert len(calls) == 1
+
+    @pytest.mark.parametrize(
+        "error",
+        [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("HIP error: out of memory")],
+    )
+    def test_a_reward_out_of_memory_is_not_asked_again_but_told_what_to_lower(self, error, no_pauses):
+        calls = []
+
+        def hungry(images, prompts):
+            calls.append(len(prompts))
+            raise error
+
+        def score():
+            return score_images(hungry, torch.zeros(2, 3, 4, 4), ["a", "b"])
+
+        def differentiable():  # of SRPO, which calls the model itself
+            calls.append(2)
+            raise error
+
+        for call in (score, differentiable):
+            with pytest.raises(
+                RewardError, match=r"ran out of memory on 2 images.*Lower .*rollout_batch_size"
+            ) as caught:
+                call_reward("hungry", ["a", "b"], call, None, 5, torch.device("cpu"))
+            assert "failed" not in str(caught.value)
+        assert calls == [2, 2]
 
     @pytest.mark.parametrize("timeout", [None, 30.0])
     def test_a_call_keeps_its_gradient(self, timeout):

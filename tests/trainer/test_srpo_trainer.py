@@ -172,10 +172,11 @@ class TestRun:
             values = {
                 name: log[f"{label}/{name}"]
                 for name in (
-                    "taste/positive", "taste/negative", "taste/difference", "loss", "recovery_error", "clamped",
+                    "taste/positive", "taste/negative", "taste/difference", "loss", "recovery_error", "clamped", "active",
                 )
             }  # fmt: skip
             assert values["taste/difference"] == pytest.approx(values["taste/positive"] - values["taste/negative"])
+            assert 0 <= values["active"] <= 1
             assert values["loss"] > 0 and values["recovery_error"] >= 0 and 0 <= values["clamped"] <= 1
         names = {path.name for path in (tmp_path / "out" / "checkpoint-2").iterdir()}
         assert {"adapter_model.safetensors", "pytorch_lora_weights.safetensors"} <= names
@@ -356,7 +357,7 @@ class TestObjective:
                 return total_loss(trainer, batch)
 
         # Parts of diffusers' networks compute in float32 whatever they are given: the step is not too small.
-        numeric = (loss(1e-3) - loss(-1e-3)) / 2e-3
+        numeric = (loss(3e-3) - loss(-3e-3)) / 6e-3
         assert numeric == pytest.approx((analytic @ direction).item(), rel=1e-4)
 
     def test_refl_predicts_the_clean_latents_of_an_exact_velocity(self):
@@ -437,6 +438,50 @@ class TestObjective:
         one, four = peak(1), peak(4)
         assert four <= 1.01 * one
         assert peak(4, together=True) > 4 * one  # what the passes would need together
+
+
+class TestActive:
+    def test_share_of_images_with_a_loss(self, make_trainer):
+        """Against the loss of each image, by hand from the scores that the reward gives them."""
+        trainer = make_trainer(reward_threshold=0.1, per_device_train_batch_size=3, branches=["inversion"])
+        batch = clean_batch(trainer, PROMPTS[:3])
+        trainer._preference_term(batch.clean, batch, batch.sigmas[0], "inversion", "inversion")
+        images = trainer.flow.decode(batch.clean)
+        positive, negative = (
+            trainer.rewards["taste"].score(images, [f"{word}. {prompt}" for prompt in PROMPTS[:3]])
+            for word in ("Natural-lighting", "Concept art")
+        )
+        low, high = trainer.args.sigma_range
+        discount = 0.3 + (0.01 - 0.3) * (batch.sigmas[0] - low) / (high - low)
+        above = 0.1 - ((1 + discount) * negative - positive) > 0
+        assert 0 < above.sum() < 3  # the share says something
+        logged = trainer._running_metrics.take(trainer.accelerator)
+        assert logged["inversion/active"] == pytest.approx(above.float().mean().item())
+
+    @pytest.mark.parametrize("threshold", [-10.0, 0.7])
+    def test_a_pass_that_trains_nothing_is_told_once_a_window(self, make_trainer, caplog, threshold):
+        trainer = make_trainer(reward_threshold=threshold, max_steps=4, logging_steps=2, branches=["denoise"])
+        try:
+            trainer.train()
+        except RuntimeError as error:  # the first update has changed nothing
+            assert threshold < 0, error
+        logs = [log for log in trainer.state.log_history if "denoise/active" in log]
+        told = [record.message for record in caplog.records if "denoise/active was 0" in record.message]
+        assert len(told) == sum(log["denoise/active"] == 0 for log in logs) == (len(logs) if threshold < 0 else 0)
+        if threshold < 0:
+            assert f"reward_threshold={threshold}" in told[0]
+
+    def test_scores_in_a_column_are_taken_as_one_an_image(self, make_trainer):
+        class Column(Taste):
+            def score(self, images, prompts):
+                return super().score(images, prompts)[:, None]
+
+        terms = []
+        for reward in (Taste(), Column()):
+            trainer = make_trainer(reward_funcs=reward)
+            batch = clean_batch(trainer, PROMPTS[:3])
+            terms.append(trainer._preference_term(batch.clean, batch, batch.sigmas[0], "denoise", "denoise").item())
+        assert terms[0] == terms[1]
 
 
 class TestPreference:
@@ -753,7 +798,7 @@ class TestBadInput:
             (redness, "SRPO needs differentiable rewards, but <function redness.* is a black box"),
             ("shapes-judge", "but 'shapes-judge' is a black box"),
             ("remote:http://127.0.0.1:1", "is a black box"),
-            ("tiny_models.tiny_flux_pipeline", "is a black box"),
+            ("trl_diffusion.shapes.attribute_share", "is a black box"),
         ],
         ids=["callable", "name", "server", "dotted"],
     )

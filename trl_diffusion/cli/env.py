@@ -59,6 +59,7 @@ def main(arguments: Sequence[str]) -> int:
             lines[name] = version(name)
         except PackageNotFoundError:
             lines[name] = "not installed"
+    lines["torch"] = torch.__version__  # its metadata may lack the build, such as "+cu130"
     lines["CPU threads"] = str(torch.get_num_threads())
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is None:

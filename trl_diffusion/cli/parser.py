@@ -122,14 +122,16 @@ class CommandParser(OneLineErrors, TrlParser):
 
 
 def check_yaml(path: str) -> None:
-    """Raises `ValueError` if a file is not there or is no YAML."""
+    """Raises `ValueError` if a file is not there or is no YAML mapping."""
     try:
         with open(path, encoding="utf-8") as file:
-            yaml.safe_load(file)
+            values = yaml.safe_load(file)
     except FileNotFoundError as error:
         raise ValueError(f"There is no configuration file {path!r}.{nearest(path)}") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"The configuration file {path!r} is not YAML in UTF-8: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"The configuration file {path!r} must contain a YAML mapping, lines of `name: value`.")
 
 
 def _headings_of(dataclass_type: type) -> dict[str, str]:

@@ -28,7 +28,8 @@ from typing import Any
 
 import pandas as pd
 from datasets import Dataset, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
+from datasets.exceptions import DatasetsError
+from pyarrow import ArrowInvalid
 
 from .. import shapes
 from ..data.prompts import column_names
@@ -92,7 +93,9 @@ def load_prompts(
             rows = list(itertools.islice(dataset, max_prompts))
             dataset = Dataset.from_list(rows, features=dataset.features)
             max_prompts = None
-    except DatasetGenerationError as error:
+    except (DatasetsError, ArrowInvalid) as error:
+        if isinstance(error, OSError):
+            raise
         _find_unreadable_file(Path(name))
         cause = error
         while cause.__cause__ is not None:

@@ -21,11 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from datasets import Image as ImageFeature
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.training_utils import find_nearest_bucket
 from PIL import ExifTags, Image, ImageOps
 from tqdm.auto import tqdm
 
@@ -187,10 +188,9 @@ class ImageBuckets:
         dataset = dataset.with_format(None).select_columns(["prompt", "image"])
         dataset = dataset.cast_column("image", ImageFeature(decode=False))
         sizes = read_all(dataset, "image", lambda row, value: _rgb(row, value).size, process_index, num_processes)
-        aspects = [math.log(width / height) for width, height in sizes]
-        self.bucket_of_row = [
-            min(range(len(RATIOS)), key=lambda i: abs(math.log(RATIOS[i]) - aspect)) for aspect in aspects
-        ]
+        # Of one area, so that the nearest is the one whose aspect is the least times larger or smaller.
+        buckets = [(1 / math.sqrt(ratio), math.sqrt(ratio)) for ratio in RATIOS]
+        self.bucket_of_row = [find_nearest_bucket(height, width, buckets) for width, height in sizes]
         self.dataset = dataset.add_column(_ROW, list(range(len(dataset))))
 
     def sizes(self, training_size: tuple[int, int], multiple: int) -> dict[int, tuple[int, int]]:
@@ -236,7 +236,7 @@ class ImageBuckets:
         pictures = [
             ImageOps.fit(_rgb(row[_ROW], row["image"]), (width, height), Image.Resampling.LANCZOS) for row in rows
         ]
-        return torch.from_numpy(np.stack([np.array(p) for p in pictures])).permute(0, 3, 1, 2).float() / 255
+        return VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy(pictures))
 
 
 def _rgb(row: int, value: dict[str, Any] | None) -> Image.Image:

@@ -77,6 +77,8 @@ def check_reward(spec: str | Mapping[str, Any] | Reward, columns: Collection[str
     """
     if isinstance(spec, str | Mapping):
         parsed = _check_named(spec)
+        if parsed.name in WITH_CALLABLE:
+            _recognizer(parsed, spec)
         if parsed.name in REWARDS:
             return
         reward = _named(parsed, spec)
@@ -133,8 +135,7 @@ def load_reward(spec: str | Mapping[str, Any] | Reward, **options: Any) -> Rewar
         return _LOADED[key]
     if inspect.isclass(reward):
         if parsed.name in WITH_CALLABLE:
-            module, _, attribute = parsed.place.rpartition(".")
-            reward = reward(_import(module, attribute, spec), **options)
+            reward = reward(_recognizer(parsed, spec), **options)
         else:
             reward = reward(**options) if parsed.place is None else reward(parsed.place, **options)
         check_reward(reward)
@@ -227,6 +228,11 @@ def _named(parsed: RewardSpec, spec: Any) -> Any:
     if parsed.name in REWARDS:
         return _import(*REWARDS[parsed.name].split(":"), spec)
     module, _, attribute = parsed.name.rpartition(".")
+    return _import(module, attribute, spec)
+
+
+def _recognizer(parsed: RewardSpec, spec: Any) -> Any:
+    module, _, attribute = parsed.place.rpartition(".")
     return _import(module, attribute, spec)
 
 

@@ -18,6 +18,7 @@ import json
 import pickle
 from collections.abc import Callable, Collection
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -124,15 +125,10 @@ def build_and_load(build: Callable[[], nn.Module], state: dict[str, torch.Tensor
     """
     with whole_weights(), init_empty_weights(include_buffers=False):
         model = build()
-    expected = model.state_dict()
-    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    shapes = [
-        f"{key}: {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in sorted(expected.keys() & state.keys())
-        if state[key].shape != expected[key].shape
-    ]
-    _refuse_mismatch(str(path), missing, unexpected, shapes)
-    model.load_state_dict(state, assign=True)
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise ValueError(_mismatch(path, shorten(str(error), 1000, placeholder=" ..."))) from error
     return model
 
 
@@ -165,13 +161,12 @@ def load_transformers_model(
             f"No model could be loaded from {str(location)!r}: {error} Check the name and the network, or give the "
             "folder of a complete download."
         ) from error
-    _refuse_mismatch(
-        str(location),
-        sorted(report["missing_keys"]),
-        # Earlier releases of transformers saved these constants.
-        sorted(key for key in report["unexpected_keys"] if not key.endswith("position_ids")),
-        [str(mismatch) for mismatch in report["mismatched_keys"]],
-    )
+    # Other shapes it has refused itself. Earlier releases of transformers saved the positions, which are constants.
+    unexpected = {key for key in report["unexpected_keys"] if not key.endswith("position_ids")}
+    found = {"Missing": sorted(report["missing_keys"]), "Unexpected": sorted(unexpected)}
+    told = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in found.items() if keys)
+    if told:
+        raise ValueError(_mismatch(location, shorten(f"{told}.", 1000, placeholder=" ...")))
     return model
 
 
@@ -199,21 +194,11 @@ def load_tokenizer(
     return tokenizer
 
 
-def _refuse_mismatch(place: str, missing: list[str], unexpected: list[str], shapes: list[str]) -> None:
-    problems = [
-        f"{name} {_some(keys)}"
-        for name, keys in (("missing:", missing), ("not known:", unexpected), ("of another shape:", shapes))
-        if keys
-    ]
-    if problems:
-        raise ValueError(
-            f"The weights in {place} are not those of this model; {'; '.join(problems)}. Download the official file "
-            "again; for other sizes give them in config.json beside it."
-        )
-
-
-def _some(keys: list[str], most: int = 5) -> str:
-    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+def _mismatch(place: str | Path, report: str) -> str:
+    return (
+        f"The weights in {str(place)!r} are not those of this model: {report} Download the official file again; for other "
+        "sizes give them in config.json beside it."
+    )
 
 
 def _either(names: Collection[str]) -> str:

@@ -24,6 +24,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .sharding import HeldWeights
 
@@ -108,7 +109,7 @@ class Policies:
         self._refuse_within_use("update")
         self._check(name, self.copies)
         weights = [weight.detach() for weight in self.weights.tensors().values()]
-        torch._foreach_lerp_(list(self.copies[name].values()), weights, 1 - decay)
+        get_ema_multi_avg_fn(decay)(list(self.copies[name].values()), weights, self.updates[name])
         self.updates[name] += 1
 
     @contextlib.contextmanager

@@ -435,7 +435,8 @@ class ReliableTrainer(Trainer):
         if self.deepspeed is None:
             return loss
         finite = torch.stack([loss for losses, _ in self._step_losses for loss in losses]).isfinite().all()
-        return torch.where(finite, loss, loss * torch.nan)
+        # A factor, since the gradient of what `torch.where` leaves out is 0 times NaN.
+        return loss * torch.where(finite, 1.0, torch.nan)
 
     def _skip_bad_step(self) -> None:
         """Before an optimizer step: take the gradients away where one of them, or a loss, is not finite."""
@@ -447,7 +448,8 @@ class ReliableTrainer(Trainer):
         elif self.accelerator.scaler is None:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             gradients = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
-            bad = bad or not _all_finite(gradients)
+            # Not finite where an element is not, or the norm overflows: such a gradient cannot be used either.
+            bad = bad or not torch.nn.utils.get_total_norm(gradients).isfinite()
         bad = self._any_process(bad)
         if bad:
             reports = gather_object(bad_losses)
@@ -736,11 +738,3 @@ class ReliableTrainer(Trainer):
 def _copy_weights(to: dict[str, torch.Tensor], source: dict[str, torch.Tensor]) -> None:
     for name, tensor in to.items():
         tensor.copy_(source[name])
-
-
-def _all_finite(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """Whether all elements of all tensors are finite, as a tensor; true of none."""
-    if not gradients:
-        return torch.tensor(True)
-    # A norm is finite if and only if all elements are, unless it overflows, and such a gradient cannot be used either.
-    return torch.stack(torch._foreach_norm(gradients)).isfinite().all()

@@ -275,15 +275,16 @@ class SRPOTrainer(DiffusionTrainer):
 
     # ---- Logging ----
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        for name, shares in self._metrics["train"].items():
-            if "loss" in logs and name.endswith("/active") and not any(shares):
+    def _take_metrics(self) -> dict[str, float]:
+        metrics = super()._take_metrics()
+        for name, share in metrics.items():
+            if name.endswith("/active") and share == 0:
                 logger.warning(
-                    f"{name} was 0 in all {len(shares)} micro-batches since the last log: the preference of every image is "
-                    f"above reward_threshold={self.args.reward_threshold}, and this pass trains nothing. Scale the reward "
+                    f"{name} was 0 since the last log: the preference of every image is above reward_threshold="
+                    f"{self.args.reward_threshold}, and this pass trains nothing. Scale the reward "
                     "('pickscore:scale=0.05'), or raise reward_threshold."
                 )
-        super().log(logs, start_time)
+        return metrics
 
     # ---- Data ----
 
