@@ -117,7 +117,7 @@ def run(name: str, folder: Path, size: int, resume_from: Path | None = None, **s
     trainer.save_model()
     images = trainer.generate(PROMPTS[:2], [0, 1])
     # Outside of an evaluation the weights are those that are trained.
-    trainer.weight_average = None
+    trainer.policies.drop("average")
     trained = trainer.generate(PROMPTS[:2], [0, 1])
     of_processes = trainer.accelerator.gather(images.flatten()[None].to(trainer.args.device))
     if trainer.is_world_process_zero():

@@ -226,14 +226,14 @@ class TestBadSteps:
         trainer = breaking_trainer("srpo", tmp_path, 2, broken, max_steps=4, save_total_limit=None)
         trainer.train()
         before, after = tmp_path / "checkpoint-2", tmp_path / "checkpoint-3"
-        for name in ("adapter_model.safetensors", "ema.safetensors"):
+        for name in ("adapter_model.safetensors", "policies.safetensors"):
             assert_equal(load_file(before / name), load_file(after / name))
         states = [torch.load(folder / "optimizer.pt", weights_only=True)["state"] for folder in (before, after)]
         assert states[0].keys() == states[1].keys() and states[0]
         for one, two in zip(states[0].values(), states[1].values(), strict=True):
             assert_equal(one, two)
         # The run goes on, and has counted.
-        assert any((weight != load_file(after / "ema.safetensors")[f"trained.{name}"]).any()
+        assert any((weight != load_file(after / "policies.safetensors")[f"current.{name}"]).any()
                    for name, weight in trained(trainer).items())  # fmt: skip
         logs = [log["skipped_steps"] for log in trainer.state.log_history if "skipped_steps" in log]
         assert logs == [0, 0, 1, 1]
@@ -262,7 +262,9 @@ class TestBadSteps:
                            r"\(max_bad_steps=2\).*Step 4 is saved in .*checkpoint-4"):  # fmt: skip
             broken.train()
         assert why_incomplete(tmp_path / "checkpoint-4") is None
-        assert all(torch.isfinite(w).all() for w in load_file(tmp_path / "checkpoint-4" / "ema.safetensors").values())
+        assert all(
+            torch.isfinite(w).all() for w in load_file(tmp_path / "checkpoint-4" / "policies.safetensors").values()
+        )
         # A run that is resumed counts its skipped steps on, and begins a new row.
         resumed = make_trainer("chunk_grpo", tmp_path, max_bad_steps=2, max_steps=5)
         resumed.train(resume_from_checkpoint=True)
@@ -467,9 +469,9 @@ class TestMovingAverage:
         average = {name: weight.double() for name, weight in start.items()}
         for n in range(5):
             decay = 0 if n == 0 else min(0.3, (1 + n) / (10 + n))
-            weights = load_file(tmp_path / f"checkpoint-{n + 1}" / "ema.safetensors")
+            weights = load_file(tmp_path / f"checkpoint-{n + 1}" / "policies.safetensors")
             for name in average:
-                average[name] = decay * average[name] + (1 - decay) * weights[f"trained.{name}"].double()
+                average[name] = decay * average[name] + (1 - decay) * weights[f"current.{name}"].double()
                 torch.testing.assert_close(weights[f"average.{name}"].double(), average[name], rtol=1e-5, atol=1e-7)
 
     def test_evaluates_generates_and_exports_the_average(self, tmp_path):
@@ -550,7 +552,7 @@ class TestTwoProcesses:
     def test_all_skip_the_steps_and_stop_at_the_reward_of_one(self, tmp_path, config):
         """The second process has a NaN in step 2 and an infinite gradient in step 3; in step 5 its reward is out of order."""
         faults = {"nan": 1, "gradient": 2, "raise": 4}
-        # With an average, the adapter's file has that; under DDP ema.safetensors has the weights as well.
+        # With an average, the adapter's file has that; under DDP policies.safetensors has the weights as well.
         ema_decay = 0.9 if config == "multi_gpu" else None
         run = launch(tmp_path, faults, config, save_total_limit=None, reward_retries=0, ema_decay=ema_decay)
         output, _ = run.communicate(timeout=250)
@@ -567,7 +569,7 @@ class TestTwoProcesses:
             {path.name: load_file(path) for path in (tmp_path / f"checkpoint-{step}").glob("*.safetensors")}
             for step in (1, 3, 4)
         )
-        for name in ("adapter_model.safetensors", *(["ema.safetensors"] if ema_decay else [])):
+        for name in ("adapter_model.safetensors", *(["policies.safetensors"] if ema_decay else [])):
             assert_equal(before[name], after[name])
             assert any((weight != later[name][key]).any() for key, weight in after[name].items())
             assert all(torch.isfinite(weight).all() for weight in later[name].values())

@@ -53,7 +53,7 @@ from .checkpoints import (
     why_incomplete,
     write_manifest,
 )
-from .ema import WeightAverage
+from .policies import AVERAGE, REFERENCE, Policies, warmed_up
 from .resuming import BY_HISTORY, OptimizerSettings, is_function_of_the_step, refuse_changed, saved_state
 from .sharding import held_weights
 from .updates import FirstUpdate
@@ -111,8 +111,8 @@ class StepCallback(TrainerCallback):
 class ReliableTrainer(Trainer):
     """
     What a run needs to survive: checkpoints that are whole or not there, a resume that passes over broken ones, a
-    checkpoint on SIGTERM, steps with a non-finite loss or gradient left out, foreign code that fails, a full disk, and the
-    moving average of the weights.
+    checkpoint on SIGTERM, steps with a non-finite loss or gradient left out, foreign code that fails, a full disk, and
+    other policies than the current one, see [`Policies`].
 
     All processes agree on each of these, so that none waits for another that has stopped.
     """
@@ -136,9 +136,9 @@ class ReliableTrainer(Trainer):
         self._skipped_steps = 0
         self._last_skip = ""
         self._first_update: FirstUpdate | None = None
-        self.weight_average: WeightAverage | None = None  # of the weights as a run has prepared them
         self._in_train_mode = False  # whether the weights are those at which an optimizer with modes trains
         super().__init__(*args, **kwargs)
+        self.policies = Policies(held_weights(self.model, None), self.model)
         self._optimizer_name = self._name_of_optimizer()
         self.add_callback(StepCallback(self))
 
@@ -151,10 +151,12 @@ class ReliableTrainer(Trainer):
     def deepspeed(self, engine: "DeepSpeedEngine | None") -> None:
         # Between making the engine and loading a checkpoint with it, the Trainer sets this and calls nothing else.
         if engine is not None:
-            from .deepspeed_checkpoints import make_checkpoints_safe
+            from .deepspeed_internals import make_checkpoints_safe
 
             make_checkpoints_safe(engine, self._save_errors_noted, self._release_reserve)
         self._deepspeed = engine
+        if engine is not None and self.is_in_train:
+            self._bind_policies()
 
     # ---- What a subclass defines ----
 
@@ -192,7 +194,7 @@ class ReliableTrainer(Trainer):
                 args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
             ),
         }
-        # FSDP2 writes the optimizer's states whole; DeepSpeed, and the average of sharded weights, a file a process.
+        # FSDP2 writes the optimizer's states whole; DeepSpeed, and policies of sharded weights, a file a process.
         a_file_a_process = self.is_deepspeed_enabled or (self.is_fsdp_enabled and args.ema_decay is not None)
         settings["processes"] = args.world_size if a_file_a_process else None
         settings["bf16"] = None if sharding is None else args.bf16
@@ -237,6 +239,10 @@ class ReliableTrainer(Trainer):
             return self.optimizer_cls_and_kwargs[0].__name__
         return OptimizerNames(self.args.optim).value
 
+    def _needs_copy_of_reference(self) -> bool:
+        """Whether the run needs the policy "reference" and has no adapter to switch off."""
+        return False
+
     def _save_process_state(self, folder: str) -> None:
         """Write what each process must keep for itself into the folder of a checkpoint."""
 
@@ -274,7 +280,10 @@ class ReliableTrainer(Trainer):
         self._saved_step = None
         self._in_train_mode = False
         self._step_losses = []
-        self.weight_average = None
+        for name in self.policies.copies.keys() - {REFERENCE}:
+            self.policies.drop(name)
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            self._bind_policies()
         try:
             with self._sigterm_handled():
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -292,8 +301,9 @@ class ReliableTrainer(Trainer):
         if self._optimizer_with_modes is not None:
             self._optimizer_with_modes.train()
             self._in_train_mode = True
-        if self.args.ema_decay is not None and self.weight_average is None:
-            self.weight_average = self._make_average()
+        self._bind_policies()
+        if self.args.ema_decay is not None and AVERAGE not in self.policies:
+            self.policies.keep(AVERAGE)
         self._first_step = self.state.global_step
         # A checkpoint has those of its own time.
         self.state.compute_steps(self.args, self.state.max_steps)
@@ -482,30 +492,39 @@ class ReliableTrainer(Trainer):
                 logger.error(f"The run stops, because {what} failed: {messages[0]}. {where}")
             raise ElsewhereError(f"On another process: {messages[0]}") if failure is None else failure
 
-    # ---- Moving average ----
+    # ---- Policies ----
 
-    def _make_average(self) -> WeightAverage:
-        return WeightAverage(held_weights(self.model, self.deepspeed), self.args.ema_decay)
+    def _bind_policies(self) -> None:
+        """Once the network is prepared: before a checkpoint is loaded, where that comes later, and when the run begins."""
+        network = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
+        self.policies.bind(held_weights(self.model, self.deepspeed), network)
+        if self._needs_copy_of_reference() and REFERENCE not in self.policies:
+            self.policies.keep(REFERENCE)
 
-    def _average_file(self, checkpoint: str | Path) -> Path:
-        """Where a checkpoint has the average; where weights are sharded, each process has a file."""
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled and self.is_in_train:
+            self._bind_policies()
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _policies_file(self, checkpoint: str | Path) -> Path:
+        """Where a checkpoint has the policies; where weights are sharded, each process has a file."""
         index = f"_{self.args.process_index}" if self.is_deepspeed_enabled or self.is_fsdp_enabled else ""
-        return Path(checkpoint) / f"ema{index}.safetensors"
+        return Path(checkpoint) / f"policies{index}.safetensors"
 
     def _after_optimizer_step(self) -> None:
         if self._first_update is not None:
             skipped = self._bad_steps_in_a_row > 0 or self.accelerator.optimizer_step_was_skipped
             self._first_update.check(skipped, self.accelerator)
-        if self.weight_average is not None and self._bad_steps_in_a_row == 0:
-            self.weight_average.step()
+        if self.args.ema_decay is not None and self._bad_steps_in_a_row == 0:
+            self.policies.update(AVERAGE, warmed_up(self.args.ema_decay, self.policies.updates[AVERAGE]))
 
     def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
         """
         Within this context the weights are their moving average, where `ema_decay` is set, or those of the eval mode of an
         optimizer that has modes.
         """
-        if self.weight_average is not None:
-            return self.weight_average.applied()
+        if AVERAGE in self.policies:
+            return self.policies.use(AVERAGE)
         return self._eval_mode() if self._in_train_mode else contextlib.nullcontext()
 
     @property
@@ -546,15 +565,14 @@ class ReliableTrainer(Trainer):
 
     def _restart_average(self) -> None:
         """After the best model was loaded: let the average be that of its checkpoint, which was evaluated."""
-        average = self.weight_average
         self._in_train_mode = False  # the file has the weights of the eval mode
-        if average is None:
+        if AVERAGE not in self.policies:
             return
-        if average.weights.sharded:
+        if self.policies.weights.sharded:
             # DeepSpeed and FSDP have loaded the weights that were trained; elsewhere the average was loaded.
-            average.load(self._average_file(self.state.best_model_checkpoint))
+            self.policies.load(self._policies_file(self.state.best_model_checkpoint))
         else:
-            average.reset()
+            self.policies.keep(AVERAGE)
 
     # ---- Checkpoints ----
 
@@ -672,16 +690,26 @@ class ReliableTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         # Called on every process, once the folder of the checkpoint exists.
-        average = self.weight_average
+        policies = self.policies
         with self._save_errors_noted():
             super()._save_rng_state(output_dir)
-            if average is not None and (average.weights.sharded or self.args.should_save):
-                average.save(self._average_file(output_dir))
+            if policies.are_saved and (policies.weights.sharded or self.args.should_save):
+                policies.save(self._policies_file(output_dir))
             if self._in_train_mode and self.args.should_save:
                 weights = held_weights(self.model, self.deepspeed).tensors()
                 weights = {name: weight.detach().contiguous() for name, weight in weights.items()}
                 save_file(weights, os.path.join(output_dir, TRAINED_NAME))
             self._save_process_state(output_dir)
+
+    def _load_policies(self, checkpoint: str) -> None:
+        path = self._policies_file(checkpoint)
+        if path.is_file():
+            self.policies.load(path)
+        elif any(Path(checkpoint).glob("policies*.safetensors")):
+            raise ValueError(
+                f"{checkpoint} has no {path.name}, but policies of other processes: sharded weights, and their copies, are "
+                "one file a process. Resume with as many processes as it was written with, and copy the files of all."
+            )
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         scheduler = super().create_scheduler(num_training_steps, optimizer)
@@ -698,13 +726,12 @@ class ReliableTrainer(Trainer):
             self._check_schedule(checkpoint, state)
         self._optimizer_settings.apply(self.optimizer, self.lr_scheduler)
         self.load_state_dict(state)
+        self._bind_policies()
         self._load_process_state(checkpoint)
         if self._optimizer_with_modes is not None:
             weights = held_weights(self.model, self.deepspeed).tensors()
             _copy_weights(weights, load_file(Path(checkpoint) / TRAINED_NAME))
-        if self.args.ema_decay is not None:
-            self.weight_average = self._make_average()
-            self.weight_average.load(self._average_file(checkpoint))
+        self._load_policies(checkpoint)
 
 
 @torch.no_grad()

@@ -14,9 +14,8 @@
 
 """What DeepSpeed ZeRO and FSDP2 need of a trainer of diffusion models beyond what transformers and accelerate do."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,35 +65,6 @@ def keep_float32_inputs(plugin: FullyShardedDataParallelPlugin) -> None:
         )
 
 
-@contextlib.contextmanager
-def gathered(engine: "DeepSpeedEngine") -> Iterator[nn.Module]:
-    """
-    The whole network of a ZeRO-3 engine on every process, for forwards without gradient: parameters are gathered once,
-    and not layer by layer in each forward.
-
-    Args:
-        engine (`DeepSpeedEngine`): of stage 3.
-    """
-    import deepspeed
-
-    offload = engine.optimizer.parameter_offload
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
-        # The engine's hooks would partition each layer again after its forward.
-        for hook in (*offload.forward_hooks, *offload.backward_hooks):
-            hook.remove()
-        offload.forward_hooks, offload.backward_hooks = [], []
-        for parameter in engine.module.parameters():
-            parameter.ds_active_sub_modules.clear()
-        try:
-            yield engine.module
-        finally:
-            # What the engine recorded of the order of layers ends here.
-            coordinator = offload.get_param_coordinator()
-            if not coordinator.is_invalid_trace():
-                coordinator._invalidate_trace()
-            offload._register_deepspeed_module(offload.module)
-
-
 @dataclasses.dataclass
 class HeldWeights:
     """
@@ -118,13 +88,11 @@ def held_weights(network: nn.Module, engine: "DeepSpeedEngine | None") -> HeldWe
         engine (`DeepSpeedEngine`, *optional*): that trains it.
     """
     if engine is not None:
-        # The flat partitions of this process in float32; those of the network's parameters have its dtype.
-        stage_3 = engine.zero_optimization_partition_weights()
-        optimizer = engine.optimizer
-        partitions = optimizer.fp32_partitioned_groups_flat if stage_3 else optimizer.single_partition_of_fp32_groups
+        from .deepspeed_internals import float32_partitions, renew_parameters
+
         return HeldWeights(
-            lambda: {f"partition_{index}": partition for index, partition in enumerate(partitions)},
-            lambda: _renew_stage_3(engine) if stage_3 else optimizer.update_lp_params(),
+            lambda: {f"partition_{index}": partition for index, partition in enumerate(float32_partitions(engine))},
+            lambda: renew_parameters(engine),
             sharded=True,
         )
     trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
@@ -142,11 +110,3 @@ def _reshard(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def _renew_stage_3(engine: "DeepSpeedEngine") -> None:
-    """Bring the float32 partitions into the parameters, as a step of ZeRO-3 does; forwards gather them anew."""
-    optimizer = engine.optimizer
-    optimizer._partition_all_parameters()
-    for group in range(len(optimizer.fp16_groups)):
-        optimizer._reassign_or_swap_out_partitioned_parameters(group)

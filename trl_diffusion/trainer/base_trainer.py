@@ -56,8 +56,9 @@ from ..models import Conditioning, Sampler, load_flow_model, open_prompt_store, 
 from ..models.quantization import check_quantization, quantization_config
 from ..rewards import Reward, asks_for_column, check_reward, load_rewards, score_images
 from ..rewards.calls import RewardError, call_reward, shown
+from ..runtime.policies import REFERENCE
 from ..runtime.reliable_trainer import OptimizerWithModes, ReliableTrainer
-from ..runtime.sharding import gathered, keep_float32_inputs
+from ..runtime.sharding import keep_float32_inputs
 from ..runtime.updates import check_optimizer_holds, check_optimizers
 from .base_config import DiffusionConfig
 from .callbacks import EpochCallback, SampleImagesCallback, Samples
@@ -546,6 +547,8 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
             model.to(self.args.device)
         elif self.deepspeed is not None and self.deepspeed.zero_optimization_partition_weights():
             if self.args.ds3_gather_for_rollout:
+                from ..runtime.deepspeed_internals import gathered
+
                 context = gathered(self.deepspeed)
         try:
             with context as whole:
@@ -553,11 +556,9 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         finally:
             model.train(was_training)
 
-    @contextlib.contextmanager
-    def adapter_off(self) -> Iterator[None]:
+    def adapter_off(self) -> contextlib.AbstractContextManager[None]:
         """Within this context the model is the base model."""
-        with self.network.disable_adapter():
-            yield
+        return self.policies.use(REFERENCE)
 
     def score(
         self, rewards: dict[str, Reward], images: torch.Tensor, prompts: list[str], columns: dict[str, list[Any]]

@@ -14,11 +14,10 @@
 
 """Group-relative policy optimisation of chunks of sampling steps."""
 
-import copy
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +52,7 @@ from ..objectives import (
 )
 from ..rewards import Reward
 from ..runtime.checkpoints import checkpoints, why_incomplete
+from ..runtime.policies import REFERENCE
 from ..runtime.resuming import as_saved, refuse_changed, saved_state
 from .base_trainer import DiffusionTrainer, LossTerm
 from .chunk_grpo_config import ChunkGRPOConfig
@@ -78,6 +78,8 @@ class MicroBatch:
         chunks (`list[list[int]]`): the transitions of each trained chunk.
         old_log_probs (`torch.Tensor` of shape `(m, T)` or `None`): of the sampling policy; `None` where the update is
             strictly on-policy.
+        reference_means (`dict[int, torch.Tensor]`): means `(m, ...)` of each trained transition under the reference; empty
+            without a KL term.
     """
 
     prompts: list[str]
@@ -86,6 +88,7 @@ class MicroBatch:
     rollout_log_probs: torch.Tensor
     chunks: list[list[int]]
     old_log_probs: torch.Tensor | None = None
+    reference_means: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def split(self, size: int) -> list["MicroBatch"]:
         """Micro-batches of `size` images each."""
@@ -97,6 +100,7 @@ class MicroBatch:
                 rollout_log_probs=self.rollout_log_probs[start : start + size],
                 chunks=self.chunks,
                 old_log_probs=None if self.old_log_probs is None else self.old_log_probs[start : start + size],
+                reference_means={i: mean[start : start + size] for i, mean in self.reference_means.items()},
             )
             for start in range(0, len(self.prompts), size)
         ]
@@ -107,7 +111,7 @@ class MicroBatch:
         tensors |= {"advantages": self.advantages, "rollout_log_probs": self.rollout_log_probs}
         if self.old_log_probs is not None:
             tensors["old_log_probs"] = self.old_log_probs
-        return tensors
+        return tensors | {f"reference_means.{step}": mean for step, mean in self.reference_means.items()}
 
 
 class ChunkGRPOTrainer(DiffusionTrainer):
@@ -189,10 +193,10 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         self._transitions_on_device = self.transitions.to(device, torch.float32)
         self._sigmas_on_device = self.sigmas.to(device)
         self.chunk_sizes = None if args.chunk_sizes == "temporal" else args.chunk_sizes
-        self.reference = None
-        if args.beta > 0 and not self.has_adapter:
-            self.reference = copy.deepcopy(self.model).requires_grad_(False).eval().to(device)
         self._generation: list[MicroBatch] | None = None
+
+    def _needs_copy_of_reference(self) -> bool:
+        return self.args.beta > 0 and not self.has_adapter
 
     def _make_sampler(
         self, args: ChunkGRPOConfig, train_dataset: Dataset | IterableDataset
@@ -266,6 +270,8 @@ class ChunkGRPOTrainer(DiffusionTrainer):
             with self.timed("old_log_probs"), self.rollout_model() as model:
                 for micro_batch in micro_batches:
                     micro_batch.old_log_probs = self._old_log_probs(model, micro_batch)
+        if args.beta > 0:
+            self._add_reference_means(micro_batches)
         return micro_batches
 
     def _rollout(self, prompts: list[str], generation: int) -> tuple[Trajectory, list[list[int]]]:
@@ -381,6 +387,21 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         parts = [self._transition(model, micro_batch, steps)[0] for steps in self._forward_groups(chunk)]
         return torch.cat(parts, 1)
 
+    def _add_reference_means(self, micro_batches: list[MicroBatch]) -> None:
+        # Once a generation, since another policy cannot be used between a forward and its backward.
+        with self.timed("reference"), self.policies.use(REFERENCE), self.rollout_model() as model:
+            for micro_batch in micro_batches:
+                micro_batch.reference_means = self._means(model, micro_batch)
+
+    @torch.no_grad()
+    def _means(self, model: nn.Module, micro_batch: MicroBatch) -> dict[int, torch.Tensor]:
+        """Means `(m, ...)` of each trained transition, in the batch shapes of training."""
+        means = {}
+        for steps in [steps for chunk in micro_batch.chunks for steps in self._forward_groups(chunk)]:
+            mean = self._transition(model, micro_batch, steps)[1]
+            means |= dict(zip(steps, mean.split(len(micro_batch.prompts)), strict=True))
+        return means
+
     def _old_log_probs(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
         """Log-probabilities `(m, T)` of the sampling policy at the trained transitions."""
         if self.args.old_log_probs == "rollout":
@@ -448,14 +469,7 @@ class ChunkGRPOTrainer(DiffusionTrainer):
     ) -> torch.Tensor | float:
         if self.args.beta == 0:
             return 0.0
-        with torch.no_grad():
-            if self.reference is None:
-                with self.adapter_off():
-                    reference_mean = self._transition(self.model_wrapped, micro_batch, steps)[1]
-            else:
-                if self.reference.dtype != self.flow.dtype:
-                    self.reference.to(self.flow.dtype)  # see `velocity`
-                reference_mean = self._transition(self.reference, micro_batch, steps)[1]
+        reference_mean = torch.cat([micro_batch.reference_means[step] for step in steps])
         kl = transition_kl(mean, reference_mean, std).mean()
         self._running_metrics.add({"kl": kl})
         return self.args.beta * kl
@@ -600,8 +614,16 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         self._generation = MicroBatch(
             prompts=[prompts[index] for index in wanted],
             chunks=chunks,
-            states={int(name.split(".")[1]): tensor for name, tensor in tensors.items() if name.startswith("states.")},
+            states=_by_step(tensors, "states"),
             advantages=tensors["advantages"],
             rollout_log_probs=tensors["rollout_log_probs"],
             old_log_probs=tensors.get("old_log_probs"),
+            reference_means=_by_step(tensors, "reference_means"),
         ).split(self.args.per_device_train_batch_size)
+        if self.args.beta > 0 and not self._generation[0].reference_means:
+            self._add_reference_means(self._generation)  # it was made without a KL term
+
+
+def _by_step(tensors: dict[str, torch.Tensor], kind: str) -> dict[int, torch.Tensor]:
+    """Of tensors named "kind.step" those of a kind, by their step."""
+    return {int(name.split(".")[1]): tensor for name, tensor in tensors.items() if name.startswith(f"{kind}.")}
