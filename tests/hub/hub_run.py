@@ -25,6 +25,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard, constants, get_session, hf_hub_download
@@ -59,11 +60,11 @@ transformers_logging.get_logger("trl_diffusion").addHandler(RECORDS)
 
 
 def redness(images, prompts, **columns):
-    return [float(image.resize((1, 1)).getpixel((0, 0))[0]) / 255 for image in images]
+    return [np.asarray(image)[..., 0].mean() / 255 for image in images]
 
 
 def greenness(images, prompts, **columns):
-    return [float(image.resize((1, 1)).getpixel((0, 0))[1]) / 255 for image in images]
+    return [np.asarray(image)[..., 1].mean() / 255 for image in images]
 
 
 def make_trainer(folder, eval_dataset=None, **settings):

@@ -331,7 +331,7 @@ def test_killed_while_encoding_then_two_processes_with_half_of_the_rest_each(tmp
     processes = [start(tmp_path, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(2)]
     outputs = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    (_, forwards_0, _, sum_0), (_, forwards_1, _, sum_1) = (out.split() for out, _ in outputs)
+    (_, forwards_0, _, sum_0), (_, forwards_1, _, sum_1) = (out.splitlines()[-1].split() for out, _ in outputs)
     assert (forwards_0, forwards_1) == ("4", "3")
     assert sum_0 == sum_1
     assert "Encoding prompts" in outputs[0][1] and "Encoding prompts" not in outputs[1][1]

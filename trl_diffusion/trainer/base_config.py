@@ -17,7 +17,7 @@
 import copy
 import os
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
@@ -27,6 +27,10 @@ from transformers.utils.versions import require_version
 
 from ..runtime.process_group import destroy_process_group_at_exit
 from .config_checks import check_settings_act, check_types
+
+
+if TYPE_CHECKING:
+    import torch
 
 
 # Schedules of the learning rate that follow metric_for_best_model; older releases of transformers know the first alone.
@@ -331,6 +335,14 @@ class DiffusionConfig(TrainingArguments):
 
     # Settings that take more than their annotation says, which the command line's parser needs.
     _UNCHECKED_TYPES: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def device(self) -> "torch.device":
+        """Device of this process. A CPU has no index: with one, transformers before 5.18 loads no optimizer's state."""
+        import torch
+
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
 
     def _guidance_scales(self) -> list[float | None]:
         """Guidance of every forward; `None` is the pipeline's default."""
