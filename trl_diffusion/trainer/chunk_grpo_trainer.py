@@ -141,7 +141,7 @@ class ChunkGRPOTrainer(DiffusionTrainer):
     Args:
         model (`str` or [`~diffusers.DiffusionPipeline`]):
             Id or path of a pipeline, `"shapes"` for the embedded world, or a loaded pipeline. A loaded pipeline loses
-            its text encoders once the prompts are encoded.
+            its text encoders once all prompts of the run are encoded, where they fit into one window.
         reward_funcs (`str`, [`~trl_diffusion.rewards.RewardModel`], `Callable`, or a list of these):
             Rewards to maximise, see [`~trl_diffusion.rewards.load_reward`]. A callable gets `(images: list[PIL.Image],
             prompts: list[str], **columns)` with the dataset's other columns, and returns a list of float or None.

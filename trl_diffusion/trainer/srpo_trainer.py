@@ -90,7 +90,7 @@ class SRPOTrainer(DiffusionTrainer):
     Args:
         model (`str` or [`~diffusers.DiffusionPipeline`]):
             Id or path of a pipeline, `"shapes"` for the embedded world, or a loaded pipeline. A loaded pipeline loses
-            its text encoders once the prompts are encoded.
+            its text encoders once all prompts of the run are encoded, where they fit into one window.
         reward_funcs (`str`, [`~trl_diffusion.rewards.RewardModel`], or a list of these):
             Differentiable rewards to maximise, see [`~trl_diffusion.rewards.load_reward`].
         args ([`SRPOConfig`], *optional*):
