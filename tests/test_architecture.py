@@ -99,7 +99,7 @@ def test_what_is_imported_is_found():
     assert "trl_diffusion.trainer.srpo_trainer" in GRAPH["trl_diffusion.cli.demo_srpo"]
     assert {"trl_diffusion.shapes", "trl_diffusion.rewards.shapes_clip"} <= GRAPH["trl_diffusion.rewards"]
     assert "trl_diffusion.trainer" in GRAPH["trl_diffusion"]
-    assert "trl_diffusion.runtime.ema" in GRAPH["trl_diffusion.runtime.reliable_trainer"]
+    assert "trl_diffusion.runtime.policies" in GRAPH["trl_diffusion.runtime.reliable_trainer"]
     assert "trl_diffusion.trainer.chunk_grpo_trainer" in GRAPH["trl_diffusion.trainer"]
 
 
