@@ -557,3 +557,18 @@ def test_rollouts_have_no_dropout_and_all_updates_have(make_trainer):
     trainer.train()
     handle.remove()
     assert set(modes) == {(False, False), (True, True)}
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_the_reference_is_the_network_that_the_run_started_from(make_trainer, full):
+    settings = {"peft_config": False} if full else {}
+    trainer = make_trainer(beta=0.1, learning_rate=1e-3, **settings)
+    trainer.train()
+    fresh = make_trainer(beta=0.1, **settings)
+    batch = trainer.make_micro_batches([{"prompt": "rain"}] * 4 + [{"prompt": "a fish"}] * 4, 1)[0]
+    for steps in batch.chunks:
+        means = torch.cat([batch.reference_means[step] for step in steps])
+        with torch.no_grad():
+            expected = fresh._transition(fresh.model, batch, steps)[1]
+            trained = trainer._transition(trainer.model, batch, steps)[1]
+        assert torch.equal(means, expected) and not torch.equal(means, trained)
