@@ -33,7 +33,7 @@ from trl_diffusion.trainer.online_trainer import METHOD_STREAM
 
 
 # Attention and feed-forward layers, as the demos train.
-LAYERS = r".*\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out)"
+LAYERS = r"(.*\.)?(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out)"
 SETTINGS = {
     "output_dir": "diffusion-nft", "height": 32, "width": 32, "num_inference_steps": 6, "sigma_shift": 3.0,
     "guidance_scale": 3.5, "shared_noise": "none", "num_generations": 8, "per_device_train_batch_size": 48,
