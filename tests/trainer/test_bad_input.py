@@ -283,14 +283,14 @@ def test_rewards(reward, error, message, make_trainer):
 
 def test_non_finite_loss_is_not_applied(make_trainer):
     trainer = make_trainer(max_bad_steps=1)
-    generate = trainer._generate
+    generate = trainer.make_micro_batches
 
     def broken(rows, generation):
         micro_batches = generate(rows, generation)
         micro_batches[1].advantages[0] = float("nan")
         return micro_batches
 
-    trainer._generate = broken
+    trainer.make_micro_batches = broken
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     message = "Optimizer step 1 was not applied: the loss of term 1 of 1 is nan on the prompts"
     with pytest.raises(FloatingPointError, match=message):

@@ -40,7 +40,7 @@ from .conftest import PIPELINES, PROMPTS, gradients, redness, trainable
 def generation(trainer, prompts=("a cat", "a dog")):
     """One generation of a trainer that has not trained yet."""
     rows = [{"prompt": prompt} for prompt in prompts for _ in range(trainer.args.num_generations)]
-    return trainer._generate(rows, 0)
+    return trainer.make_micro_batches(rows, 0)
 
 
 def perturb(trainer, scale=0.02, seed=0):
@@ -247,7 +247,7 @@ class TestPolicy:
         trainer = make_trainer(chunk_gradient=gradient, chunk_fraction=1.0, epsilon=1e-3)
         log_ratios = []
         for batch in generation(trainer):
-            batch.old_log_probs = batch.rollout_log_probs.clone()
+            batch.old_log_probs = batch.log_probs.clone()
             for chunk in batch.chunks:
                 above = 2e-3 * torch.randint(-2, 3, (4, 1)).float() * torch.ones(len(chunk))
                 batch.old_log_probs[:, chunk] = trainer._log_probs(trainer.model, batch, chunk) - above
@@ -291,7 +291,7 @@ class TestPolicy:
             rows = table.rows(torch.tensor([i]), velocity.ndim)
             mean = transition_mean(batch.states[i].double(), velocity.double(), rows)
             expected = log_prob(batch.states[i + 1].double(), mean, rows.std)
-            assert torch.allclose(batch.rollout_log_probs[:, i].double(), expected, atol=2e-5)
+            assert torch.allclose(batch.log_probs[:, i].double(), expected, atol=2e-5)
 
     def test_batches_of_the_rollout_do_not_change_it(self, make_trainer):
         whole = generation(make_trainer(rollout_batch_size=8))
@@ -321,7 +321,7 @@ class TestPolicy:
         generation(trainer)
         layout = trainer.chunk_sizes
         assert sum(layout) == 5 and len(layout) == 2
-        trainer._generate([{"prompt": "rain"}] * 4 + [{"prompt": "a fish"}] * 4, 1)
+        trainer.make_micro_batches([{"prompt": "rain"}] * 4 + [{"prompt": "a fish"}] * 4, 1)
         assert trainer.chunk_sizes is layout
 
 
@@ -557,3 +557,18 @@ def test_rollouts_have_no_dropout_and_all_updates_have(make_trainer):
     trainer.train()
     handle.remove()
     assert set(modes) == {(False, False), (True, True)}
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_the_reference_is_the_network_that_the_run_started_from(make_trainer, full):
+    settings = {"peft_config": False} if full else {}
+    trainer = make_trainer(beta=0.1, learning_rate=1e-3, **settings)
+    trainer.train()
+    fresh = make_trainer(beta=0.1, **settings)
+    batch = trainer.make_micro_batches([{"prompt": "rain"}] * 4 + [{"prompt": "a fish"}] * 4, 1)[0]
+    for steps in batch.chunks:
+        means = torch.cat([batch.reference_means[step] for step in steps])
+        with torch.no_grad():
+            expected = fresh._transition(fresh.model, batch, steps)[1]
+            trained = trainer._transition(trainer.model, batch, steps)[1]
+        assert torch.equal(means, expected) and not torch.equal(means, trained)

@@ -248,7 +248,7 @@ class TestBadSteps:
         broken = make_trainer(
             "chunk_grpo", tmp_path, save_strategy="no", max_bad_steps=2, max_steps=4, max_grad_norm=1
         )
-        generate = broken._generate
+        generate = broken.make_micro_batches
 
         def generate_bad(rows, generation):
             micro_batches = generate(rows, generation)
@@ -257,7 +257,7 @@ class TestBadSteps:
                     micro_batch.advantages[0] = torch.nan
             return micro_batches
 
-        broken._generate = generate_bad
+        broken.make_micro_batches = generate_bad
         with pytest.raises(FloatingPointError, match=r"step 4 was not applied: the loss .* step 2 of 2 in a row.*"
                            r"\(max_bad_steps=2\).*Step 4 is saved in .*checkpoint-4"):  # fmt: skip
             broken.train()

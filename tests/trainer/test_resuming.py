@@ -140,7 +140,7 @@ class TestSettingsWin:
         assert log["ratio/mean"] == 1 and log["rollout_logp_gap"] < 1e-5
         sizes = settings.get("chunk_sizes", [1, 2])
         assert trainer.chunk_sizes == sizes or (sizes == "temporal" and trainer.chunk_sizes == [1, 1, 1])
-        states = {step for micro_batch in trainer._generation for step in micro_batch.states}
+        states = {step for micro_batch in trainer._micro_batches for step in micro_batch.states}
         assert max(states) <= trainer.args.num_inference_steps - 1
 
     def test_a_measured_layout_is_the_checkpoints_while_it_means_the_same(self, tmp_path):

@@ -64,6 +64,16 @@ PAPERS = {
     journal = {arXiv preprint arXiv:2505.05470}
 }""",
     ),
+    "diffusion_nft": (
+        "2509.16117",
+        "DiffusionNFT: Online Diffusion Reinforcement with Forward Process",
+        """@article{zheng2025diffusionnft,
+    title   = {{DiffusionNFT: Online Diffusion Reinforcement with Forward Process}},
+    author  = {Kaiwen Zheng and Huayu Chen and Haotian Ye and Haoxiang Wang and Qinsheng Zhang and Kai Jiang and Hang Su and Stefano Ermon and Jun Zhu and Ming-Yu Liu},
+    year    = {2025},
+    journal = {arXiv preprint arXiv:2509.16117}
+}""",
+    ),
     "srpo": (
         "2509.06942",
         "Directly Aligning the Full Diffusion Trajectory with Fine-Grained Human Preference",

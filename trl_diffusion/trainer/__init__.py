@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from .base_trainer import DiffusionTrainer
     from .chunk_grpo_config import ChunkGRPOConfig
     from .chunk_grpo_trainer import ChunkGRPOTrainer
+    from .generation import Generation
+    from .online_config import OnlineConfig
+    from .online_trainer import OnlineTrainer
     from .srpo_config import SRPOConfig
     from .srpo_trainer import SRPOTrainer
 
@@ -32,6 +35,9 @@ _EXPORTS = {
     "ChunkGRPOTrainer": ".chunk_grpo_trainer",
     "DiffusionConfig": ".base_config",
     "DiffusionTrainer": ".base_trainer",
+    "Generation": ".generation",
+    "OnlineConfig": ".online_config",
+    "OnlineTrainer": ".online_trainer",
     "SRPOConfig": ".srpo_config",
     "SRPOTrainer": ".srpo_trainer",
 }
@@ -41,6 +47,9 @@ __all__ = [
     "ChunkGRPOTrainer",
     "DiffusionConfig",
     "DiffusionTrainer",
+    "Generation",
+    "OnlineConfig",
+    "OnlineTrainer",
     "SRPOConfig",
     "SRPOTrainer",
 ]

@@ -102,9 +102,9 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
     A subclass defines [`loss_terms`] and usually `_prepare_inputs`. See [`ChunkGRPOTrainer`] for the arguments.
     """
 
-    _name: str
+    method_name: str  # as the model card has it
     # Keys of `trl_diffusion.hub.model_card.PAPERS`, the method's first.
-    _papers: tuple[str, ...]
+    papers: tuple[str, ...]
     config_class: type[DiffusionConfig]
     # `training_step` is our own and divides by the accumulation itself.
     loss_is_scaled_for_ga = True
@@ -123,7 +123,7 @@ class DiffusionTrainer(EvaluationMixin, PublishingMixin, ReliableTrainer):
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ):
         if args is None:
-            args = self.config_class(output_dir=f"trainer_output/{self._name.lower().replace(' ', '-')}")
+            args = self.config_class(output_dir=f"trainer_output/{self.method_name.lower().replace(' ', '-')}")
         elif not isinstance(args, self.config_class):
             raise TypeError(
                 f"args must be a {self.config_class.__name__} for {type(self).__name__}, got a {type(args).__name__}. "

@@ -14,9 +14,7 @@
 
 """Group-relative policy optimisation of chunks of sampling steps."""
 
-import json
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,14 +25,10 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback
 
-from ..data.sampler import GroupSampler, GroupStream
 from ..flow import (
-    Trajectory,
     chunk_steps,
     draw_chunks,
     log_prob,
@@ -44,7 +38,6 @@ from ..flow import (
     transition_mean,
 )
 from ..objectives import (
-    aggregate_advantages,
     chunk_ratio,
     clipped_surrogate,
     surrogate_log_prob_weight,
@@ -54,27 +47,24 @@ from ..rewards import Reward
 from ..runtime.checkpoints import checkpoints, why_incomplete
 from ..runtime.policies import REFERENCE
 from ..runtime.resuming import as_saved, refuse_changed, saved_state
-from .base_trainer import DiffusionTrainer, LossTerm
+from .base_trainer import LossTerm
 from .chunk_grpo_config import ChunkGRPOConfig
-from .measures import duplicate_share, picture_digests
+from .generation import Generation, shared
+from .online_trainer import METHOD_STREAM, OnlineTrainer
 
 
 logger = get_logger(__name__)
 
-# Streams of random numbers, each with its own seeds.
-_INITIAL_NOISE, _SAMPLING_NOISE, _CHUNKS = range(3)
+# The stream of random numbers that draws chunks.
+_CHUNKS = METHOD_STREAM
 
 
-@dataclass
-class MicroBatch:
+@dataclass(kw_only=True)
+class MicroBatch(Generation):
     """
-    The part of a generation that one micro-batch trains, of m images.
+    A [`Generation`] with what chunks need of it.
 
     Attributes:
-        prompts (`list[str]` of length m): their prompts.
-        states (`dict[int, torch.Tensor]`): latents `(m, ...)`, float32, before and after each trained transition.
-        advantages (`torch.Tensor` of shape `(m,)`): group-relative.
-        rollout_log_probs (`torch.Tensor` of shape `(m, T)`): of the rollout's forwards.
         chunks (`list[list[int]]`): the transitions of each trained chunk.
         old_log_probs (`torch.Tensor` of shape `(m, T)` or `None`): of the sampling policy; `None` where the update is
             strictly on-policy.
@@ -82,39 +72,12 @@ class MicroBatch:
             without a KL term.
     """
 
-    prompts: list[str]
-    states: dict[int, torch.Tensor]
-    advantages: torch.Tensor
-    rollout_log_probs: torch.Tensor
-    chunks: list[list[int]]
+    chunks: list[list[int]] = shared()
     old_log_probs: torch.Tensor | None = None
     reference_means: dict[int, torch.Tensor] = field(default_factory=dict)
 
-    def split(self, size: int) -> list["MicroBatch"]:
-        """Micro-batches of `size` images each."""
-        return [
-            MicroBatch(
-                prompts=self.prompts[start : start + size],
-                states={i: latents[start : start + size] for i, latents in self.states.items()},
-                advantages=self.advantages[start : start + size],
-                rollout_log_probs=self.rollout_log_probs[start : start + size],
-                chunks=self.chunks,
-                old_log_probs=None if self.old_log_probs is None else self.old_log_probs[start : start + size],
-                reference_means={i: mean[start : start + size] for i, mean in self.reference_means.items()},
-            )
-            for start in range(0, len(self.prompts), size)
-        ]
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds of it, by name."""
-        tensors = {f"states.{step}": latents for step, latents in self.states.items()}
-        tensors |= {"advantages": self.advantages, "rollout_log_probs": self.rollout_log_probs}
-        if self.old_log_probs is not None:
-            tensors["old_log_probs"] = self.old_log_probs
-        return tensors | {f"reference_means.{step}": mean for step, mean in self.reference_means.items()}
-
-
-class ChunkGRPOTrainer(DiffusionTrainer):
+class ChunkGRPOTrainer(OnlineTrainer):
     """
     Trainer for [Chunk-GRPO](https://huggingface.co/papers/2510.21583): online reinforcement learning of flow-matching
     text-to-image models that optimises chunks of consecutive sampling steps. Chunks of one step are step-level GRPO
@@ -165,10 +128,11 @@ class ChunkGRPOTrainer(DiffusionTrainer):
             trainer gives it the trained weights.
     """
 
-    _name = "Chunk-GRPO"
-    _papers = ("chunk_grpo", "dance_grpo", "flow_grpo")
+    method_name = "Chunk-GRPO"
+    papers = ("chunk_grpo", "dance_grpo", "flow_grpo")
     config_class = ChunkGRPOConfig
-    _state_within_step = ("_images_trained", "_generation", "chunk_sizes")
+    generation_class = MicroBatch
+    _state_within_step = ("_images_trained", "_micro_batches", "chunk_sizes")
 
     def __init__(
         self,
@@ -193,79 +157,32 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         self._transitions_on_device = self.transitions.to(device, torch.float32)
         self._sigmas_on_device = self.sigmas.to(device)
         self.chunk_sizes = None if args.chunk_sizes == "temporal" else args.chunk_sizes
-        self._generation: list[MicroBatch] | None = None
 
     def _needs_copy_of_reference(self) -> bool:
         return self.args.beta > 0 and not self.has_adapter
 
-    def _make_sampler(
-        self, args: ChunkGRPOConfig, train_dataset: Dataset | IterableDataset
-    ) -> GroupSampler | GroupStream:
-        layout = {
-            "num_generations": args.num_generations,
-            "batch_size": args.per_device_train_batch_size,
-            "steps": args.steps_per_generation,
-            "num_processes": args.world_size,
-            "repeats": args.steps_per_generation * args.num_iterations,
-        }
-        if isinstance(train_dataset, IterableDataset):
-            return GroupStream(train_dataset, **layout)
-        seed = args.seed if args.data_seed is None else args.data_seed
-        return GroupSampler(len(train_dataset), **layout, seed=seed)
-
-    def _upcoming_rows(self) -> Iterator[int | dict[str, Any]]:
-        generation = self._images_trained // self._images_per_generation
-        return self._sampler.upcoming(generation, self.accelerator.process_index)
-
-    # ---- Data ----
-
-    def get_train_dataloader(self):
-        # As in TRL, the loader is read once a micro-batch and gives a whole generation batch each time, of which only
-        # the first in a row is used.
-        return self._get_dataloader(
-            dataset=self.train_dataset,
-            description="Training",
-            batch_size=self._train_batch_size * self.args.steps_per_generation,
-            sampler_fn=self._get_train_sampler,
-            is_training=True,
-        )
-
-    @property
-    def _images_per_generation(self) -> int:
-        """How many images a generation trains, over all processes and passes."""
-        return self._images_per_micro_batch * self.args.steps_per_generation * self.args.num_iterations
-
-    def _prepare_inputs(self, inputs: list[dict[str, Any]]) -> MicroBatch:
-        generation, position = divmod(self._images_trained, self._images_per_generation)
-        if position == 0:
-            self._generation = self._generate(inputs, generation)
-        self._images_trained += self._images_per_micro_batch
-        return self._generation[position // self._images_per_micro_batch % self.args.steps_per_generation]
-
     # ---- Generation ----
 
-    def _generate(self, rows: list[dict[str, Any]], generation: int) -> list[MicroBatch]:
-        """Sample, score and compare the images of a generation; returns this process's micro-batches."""
+    def make_micro_batches(self, rows: list[dict[str, Any]], index: int) -> list[MicroBatch]:
+        """A generation whose trained transitions are cut into chunks."""
         args = self.args
-        prompts = [row["prompt"] for row in rows]
-        columns = self._column_reader.read(rows)
-        with self.timed("rollout"):
-            trajectory, drawn = self._rollout(prompts, generation)
-        with self.timed("decode"):
-            images = self.decode(trajectory.clean)
-        with self.timed("reward"):
-            scores = self.score(self.rewards, images, prompts, columns)
-            watched = self.score(self.watched_rewards, images, prompts, columns)
-        advantages = self._advantages(scores, watched, prompts, generation)
-        digests = self._gather_rows(picture_digests(images)).view(-1, args.num_generations)
-        self._metrics["train"]["duplicate_images"].append(duplicate_share(digests).item())
-        self._images_since_log += len(prompts)
-        names = [*self.rewards, *self.watched_rewards, "advantage"]
-        values = torch.cat([scores, watched, advantages[:, None]], 1)
-        self._keep_samples(images, prompts, dict(zip(names, values.unbind(1), strict=True)))
+        # Which chunks train is known before the rollout, unless it depends on the rollout's dynamics.
+        drawn = None
+        if self.chunk_sizes is not None and args.chunk_sampling != "temporal":
+            drawn = self._draw_chunks(index, None)
+        keep = range(args.num_inference_steps - 1) if drawn is None else sum(drawn, [])
+        generation = self.make_generation(rows, index, self.transitions, keep)
 
-        rows = MicroBatch(prompts, trajectory.states, advantages, trajectory.log_probs, drawn)
-        micro_batches = rows.split(args.per_device_train_batch_size)
+        changes = generation.relative_changes.mean(0)[:-1]
+        changes = self.accelerator.reduce(changes, reduction="mean").cpu()
+        if self.chunk_sizes is None:
+            self.chunk_sizes = temporal_chunk_sizes(changes, args.num_chunks, args.min_chunk_size)
+            logger.info(f"Temporal chunk layout of this run, the noisiest first: {self.chunk_sizes}")
+        generation.chunks = self._draw_chunks(index, changes) if drawn is None else drawn
+        needed = {state for chunk in generation.chunks for i in chunk for state in (i, i + 1)}
+        generation.states = {i: latents for i, latents in generation.states.items() if i in needed}
+
+        micro_batches = generation.split(args.per_device_train_batch_size)
         if not args.on_policy:
             with self.timed("old_log_probs"), self.rollout_model() as model:
                 for micro_batch in micro_batches:
@@ -273,33 +190,6 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         if args.beta > 0:
             self._add_reference_means(micro_batches)
         return micro_batches
-
-    def _rollout(self, prompts: list[str], generation: int) -> tuple[Trajectory, list[list[int]]]:
-        """Trajectories of this process's rows, with the states of the transitions that will train, and the chunks."""
-        args = self.args
-        index = self._global_index(len(prompts))
-        noise_index = [i // args.num_generations for i in index] if args.shared_noise == "group" else index
-        initial = self.image_sampler.draw_noise(self.generators(_INITIAL_NOISE, generation, noise_index))
-        sampling = self.generators(_SAMPLING_NOISE, generation, index)
-
-        # Which chunks train is known before the rollout, unless it depends on the rollout's dynamics.
-        drawn = None
-        if self.chunk_sizes is not None and args.chunk_sampling != "temporal":
-            drawn = self._draw_chunks(generation, None)
-        keep = range(args.num_inference_steps - 1) if drawn is None else sum(drawn, [])
-
-        with self.rollout_model() as model:
-            trajectory = self.image_sampler.rollout(prompts, initial, model, self.transitions, sampling, keep)
-
-        changes = trajectory.relative_changes.mean(0)[:-1]
-        changes = self.accelerator.reduce(changes, reduction="mean").cpu()
-        if self.chunk_sizes is None:
-            self.chunk_sizes = temporal_chunk_sizes(changes, args.num_chunks, args.min_chunk_size)
-            logger.info(f"Temporal chunk layout of this run, the noisiest first: {self.chunk_sizes}")
-        if drawn is None:
-            drawn = self._draw_chunks(generation, changes)
-            trajectory.keep(sum(drawn, []))
-        return trajectory, drawn
 
     def _draw_chunks(self, generation: int, relative_changes: torch.Tensor | None) -> list[list[int]]:
         """The transitions of each chunk that trains in this generation, the same on every process."""
@@ -313,47 +203,6 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         seed = int(np.random.SeedSequence([args.seed, _CHUNKS, generation]).generate_state(1)[0])
         generator = torch.Generator().manual_seed(seed)
         return [steps[index] for index in draw_chunks(len(steps), args.chunk_fraction, weights, generator)]
-
-    def _gather_rows(self, values: torch.Tensor) -> torch.Tensor:
-        """The rows `(B, ...)` of all processes, a group behind the other."""
-        # process, micro-batch, row -> micro-batch, process, row; see `GroupSampler`
-        processes, size = self.accelerator.num_processes, self.args.per_device_train_batch_size
-        gathered = self.accelerator.gather(values)
-        return gathered.view(processes, -1, size, *values.shape[1:]).transpose(0, 1).flatten(0, 2)
-
-    def _advantages(
-        self, scores: torch.Tensor, watched: torch.Tensor, prompts: list[str], generation: int
-    ) -> torch.Tensor:
-        """Advantages `(B,)` of this process's rows, from the scores `(B, R)` of all processes; logs the rewards."""
-        args = self.args
-        processes, size = self.accelerator.num_processes, args.per_device_train_batch_size
-        gathered = self._gather_rows(torch.cat([scores, watched], 1))
-        rewards, watched = gathered.split([scores.shape[1], watched.shape[1]], 1)
-        if rewards.isnan().all():
-            raise ValueError(
-                f"Every reward of generation {generation} is None or NaN: none of the reward functions "
-                f"{list(self.rewards)} applies to any of {len(rewards)} images (first prompt: {prompts[0]!r}). There "
-                "is nothing to train on; check the reward functions and the prompts."
-            )
-        advantages, total, group_std = aggregate_advantages(
-            rewards,
-            self.reward_weights.to(rewards.device),
-            args.num_generations,
-            args.multi_objective_aggregation,
-            args.scale_rewards,
-            args.advantage_clip,
-        )
-        metrics = self._metrics["train"]
-        metrics["reward"].append(total.nanmean().item())
-        metrics["reward_std"].append(group_std.mean().item())
-        metrics["frac_reward_zero_std"].append((group_std == 0).float().mean().item())
-        for kind, names, columns in (("rewards", self.rewards, rewards), ("watch", self.watched_rewards, watched)):
-            for name, column in zip(names, columns.unbind(1), strict=True):
-                applicable = column[~column.isnan()]
-                if len(applicable) > 1:
-                    metrics[f"{kind}/{name}/mean"].append(applicable.mean().item())
-                    metrics[f"{kind}/{name}/std"].append(applicable.std().item())
-        return advantages.view(-1, processes, size)[:, self.accelerator.process_index].flatten()
 
     # ---- Objective ----
 
@@ -405,8 +254,8 @@ class ChunkGRPOTrainer(DiffusionTrainer):
     def _old_log_probs(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
         """Log-probabilities `(m, T)` of the sampling policy at the trained transitions."""
         if self.args.old_log_probs == "rollout":
-            return micro_batch.rollout_log_probs
-        old = micro_batch.rollout_log_probs.clone()
+            return micro_batch.log_probs
+        old = micro_batch.log_probs.clone()
         for chunk in micro_batch.chunks:
             old[:, chunk] = self._log_probs(model, micro_batch, chunk)
         return old
@@ -483,7 +332,7 @@ class ChunkGRPOTrainer(DiffusionTrainer):
         ratio = log_ratio.exp()
         # Off-policy, the policy has moved on by now; the gap is between the two ways to have the old log-probabilities.
         of_training = log_probs if micro_batch.old_log_probs is None else old_log_probs
-        gap = (of_training - micro_batch.rollout_log_probs[:, steps]).abs()
+        gap = (of_training - micro_batch.log_probs[:, steps]).abs()
         low = (ratio < 1 - args.epsilon) & (advantages < 0)
         high = (ratio > 1 + args.epsilon_high) & (advantages > 0)
         self._running_metrics.add(
@@ -508,19 +357,7 @@ class ChunkGRPOTrainer(DiffusionTrainer):
             )
         return metrics
 
-    def _prompts_of(self, inputs: MicroBatch) -> list[str]:
-        return inputs.prompts
-
     # ---- Saving and resuming ----
-
-    def _fixed_settings(self) -> dict[str, Any]:
-        args = self.args
-        return {
-            **super()._fixed_settings(),
-            "num_generations": args.num_generations,
-            "generation_batch_size": self._images_per_micro_batch * args.steps_per_generation,
-            "num_iterations": args.num_iterations,
-        }
 
     def _rollout_settings(self) -> dict[str, Any]:
         """Settings that the states of a generation and the dynamics of a rollout depend on."""
@@ -564,66 +401,8 @@ class ChunkGRPOTrainer(DiffusionTrainer):
             remedy,
         )
 
-    def _is_between_generations(self, state: dict[str, Any]) -> bool:
-        return state["images_trained"] % self._images_per_generation == 0
-
-    def _generation_file(self, folder: str, process: int) -> Path:
-        return Path(folder) / f"generation_{process}.safetensors"
-
-    def _save_process_state(self, folder: str) -> None:
-        # A generation that will still be trained cannot be made again: the policy has moved on since.
-        if self._images_trained % self._images_per_generation == 0:
-            return
-        parts = [micro_batch.tensors() for micro_batch in self._generation]
-        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        prompts = [prompt for micro_batch in self._generation for prompt in micro_batch.prompts]
-        # Numbered over all processes, so that a resumed run can cut them otherwise.
-        rows = {"prompts": prompts, "index": self._global_index(len(prompts)), "chunks": self._generation[0].chunks}
-        path = self._generation_file(folder, self.accelerator.process_index)
-        save_file(tensors, path, metadata={"rows": json.dumps(rows)})
-
     def _load_process_state(self, folder: str) -> None:
-        if self._images_trained % self._images_per_generation == 0:
-            return
-        wanted = self._global_index(self.args.per_device_train_batch_size * self.args.steps_per_generation)
-        # The file of this process has its rows, unless the images are now cut otherwise.
-        own = self._generation_file(folder, self.accelerator.process_index)
-        others = sorted(Path(folder).glob("generation_*.safetensors"))
-        prompts, found, chunks = {}, defaultdict(dict), None
-        for path in dict.fromkeys([own, *others]):
-            if len(prompts) == len(wanted) or not path.is_file():
-                continue
-            with safe_open(path, framework="pt") as file:
-                rows = json.loads(file.metadata()["rows"])
-                chunks = rows["chunks"]
-                places = {index: i for i, index in enumerate(rows["index"]) if index in wanted}
-                prompts |= {index: rows["prompts"][i] for index, i in places.items()}
-                for name in file.keys() if places else ():  # noqa: SIM118
-                    tensor = file.get_tensor(name)
-                    found[name] |= {index: tensor[i] for index, i in places.items()}
-        missing = [index for index in wanted if index not in prompts]
-        if missing:
-            raise ValueError(
-                f"{folder} was written within a generation, and {len(missing)} of the {len(wanted)} images that this "
-                "process is to train are in none of its files generation_*.safetensors. Copy the files of all "
-                "processes into the folder, or resume from a checkpoint at the end of a generation."
-            )
-        tensors = {
-            name: torch.stack([rows[index] for index in wanted]).to(self.args.device) for name, rows in found.items()
-        }
-        self._generation = MicroBatch(
-            prompts=[prompts[index] for index in wanted],
-            chunks=chunks,
-            states=_by_step(tensors, "states"),
-            advantages=tensors["advantages"],
-            rollout_log_probs=tensors["rollout_log_probs"],
-            old_log_probs=tensors.get("old_log_probs"),
-            reference_means=_by_step(tensors, "reference_means"),
-        ).split(self.args.per_device_train_batch_size)
-        if self.args.beta > 0 and not self._generation[0].reference_means:
-            self._add_reference_means(self._generation)  # it was made without a KL term
-
-
-def _by_step(tensors: dict[str, torch.Tensor], kind: str) -> dict[int, torch.Tensor]:
-    """Of tensors named "kind.step" those of a kind, by their step."""
-    return {int(name.split(".")[1]): tensor for name, tensor in tensors.items() if name.startswith(f"{kind}.")}
+        super()._load_process_state(folder)
+        if self._images_trained % self._images_per_generation > 0:
+            if self.args.beta > 0 and not self._micro_batches[0].reference_means:
+                self._add_reference_means(self._micro_batches)  # they were made without a KL term

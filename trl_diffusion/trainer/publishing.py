@@ -134,7 +134,7 @@ class PublishingMixin:
             "max_sequence_length": self.flow.max_sequence_length,
         }
         defaults = {
-            "model_name": self._name if repository is None else repository.rpartition("/")[2],
+            "model_name": self.method_name if repository is None else repository.rpartition("/")[2],
             "prompt": self.first_prompts(1)[0],
             "license": self._base_license() if "license" not in card else None,
         }
@@ -143,7 +143,7 @@ class PublishingMixin:
             base_model=self.model_name,
             hub_model_id=repository,
             trainer_name=type(self).__name__,
-            papers=self._papers,
+            papers=self.papers,
             rewards=dict(zip(self.rewards, self.reward_weights.tolist(), strict=True)),
             watched_rewards=list(self.watched_rewards),
             settings=self._card_settings(),

@@ -113,8 +113,8 @@ class SRPOTrainer(DiffusionTrainer):
             trainer gives it the trained weights.
     """
 
-    _name = "SRPO"
-    _papers = ("srpo",)
+    method_name = "SRPO"
+    papers = ("srpo",)
     config_class = SRPOConfig
 
     def __init__(
@@ -136,7 +136,7 @@ class SRPOTrainer(DiffusionTrainer):
         )  # fmt: skip
         args = self.args
         if args.estimator != "direct_align":
-            self._papers = (args.estimator, *self._papers)
+            self.papers = (args.estimator, *self.papers)
         self._check_words()
         self._check_differentiable()
         if args.vae_gradient_checkpointing:

@@ -1,0 +1,266 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What the methods share that make images, compare those of a prompt by their rewards, and train on what was made."""
+
+from abc import abstractmethod
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+
+from ..data.sampler import GroupSampler, GroupStream
+from ..flow import Trajectory
+from ..flow.sde import TransitionCoefficients
+from ..objectives import aggregate_advantages
+from ..runtime.policies import CURRENT
+from .base_trainer import DiffusionTrainer
+from .generation import Generation
+from .measures import duplicate_share, picture_digests
+from .online_config import OnlineConfig
+
+
+# Streams of random numbers, each with its own seeds. A method's own begin with `METHOD_STREAM`.
+_INITIAL_NOISE, _SAMPLING_NOISE, METHOD_STREAM = range(3)
+
+
+class OnlineTrainer(DiffusionTrainer):
+    """
+    Base of the trainers that make generations of images: `num_generations` images of each prompt are sampled and scored,
+    their rewards compared within the group, and the generation is trained in `steps_per_generation` micro-batches,
+    `num_iterations` times over. A checkpoint within a generation holds it.
+
+    A subclass defines `method_name`, [`make_micro_batches`] and [`loss_terms`]; `config_class` and `generation_class` where
+    it has more settings, or more to keep of its images. See [`ChunkGRPOTrainer`] for the arguments, and
+    [A method of your own](https://trl-diffusion.readthedocs.io/your_own_method/).
+    """
+
+    config_class = OnlineConfig
+    generation_class: type[Generation] = Generation
+    papers = ()
+    _state_within_step = ("_images_trained", "_micro_batches")
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._micro_batches: list[Generation] | None = None
+        self._columns_missing = False  # of micro-batches from a checkpoint
+
+    # ---- What a subclass defines ----
+
+    @abstractmethod
+    def make_micro_batches(self, rows: list[dict[str, Any]], index: int) -> list[Generation]:
+        """
+        What is trained of a new generation: that of [`make_generation`], with what the method adds, split into micro-batches
+        of `per_device_train_batch_size` images. Called on every process.
+
+        Args:
+            rows (`list[dict]`): this process's rows of the dataset, for [`make_generation`].
+            index (`int`): number of the generation, from 0 on; a resumed run goes on counting.
+        """
+
+    def _make_sampler(
+        self, args: OnlineConfig, train_dataset: Dataset | IterableDataset
+    ) -> GroupSampler | GroupStream:
+        layout = {
+            "num_generations": args.num_generations,
+            "batch_size": args.per_device_train_batch_size,
+            "steps": args.steps_per_generation,
+            "num_processes": args.world_size,
+            "repeats": args.steps_per_generation * args.num_iterations,
+        }
+        if isinstance(train_dataset, IterableDataset):
+            return GroupStream(train_dataset, **layout)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return GroupSampler(len(train_dataset), **layout, seed=seed)
+
+    def _upcoming_rows(self) -> Iterator[int | dict[str, Any]]:
+        generation = self._images_trained // self._images_per_generation
+        return self._sampler.upcoming(generation, self.accelerator.process_index)
+
+    # ---- Data ----
+
+    def get_train_dataloader(self):
+        # As in TRL, the loader is read once a micro-batch and gives a whole generation batch each time, of which only
+        # the first in a row is used.
+        return self._get_dataloader(
+            dataset=self.train_dataset,
+            description="Training",
+            batch_size=self._train_batch_size * self.args.steps_per_generation,
+            sampler_fn=self._get_train_sampler,
+            is_training=True,
+        )
+
+    @property
+    def _images_per_generation(self) -> int:
+        """How many images a generation trains, over all processes and passes."""
+        return self._images_per_micro_batch * self.args.steps_per_generation * self.args.num_iterations
+
+    def _prepare_inputs(self, inputs: list[dict[str, Any]]) -> Generation:
+        index, position = divmod(self._images_trained, self._images_per_generation)
+        if position == 0:
+            self._micro_batches = self.make_micro_batches(inputs, index)
+        elif self._columns_missing:
+            columns = self._column_reader.read(inputs)
+            size = self.args.per_device_train_batch_size
+            for i, micro_batch in enumerate(self._micro_batches):
+                micro_batch.columns = {name: rows[i * size : (i + 1) * size] for name, rows in columns.items()}
+        self._columns_missing = False
+        self._images_trained += self._images_per_micro_batch
+        return self._micro_batches[position // self._images_per_micro_batch % self.args.steps_per_generation]
+
+    def _prompts_of(self, inputs: Generation) -> list[str]:
+        return inputs.prompts
+
+    # ---- Generation ----
+
+    def make_generation(
+        self,
+        rows: list[dict[str, Any]],
+        index: int,
+        transitions: TransitionCoefficients | None = None,
+        keep: Collection[int] = (),
+        policy: str = CURRENT,
+    ) -> Generation:
+        """
+        Sample, decode, score and compare this process's images of a generation, and log rewards and samples. To be called
+        on every process.
+
+        Args:
+            rows (`list[dict]`): rows of the dataset, each prompt `num_generations` times, as [`make_micro_batches`] gets
+                them.
+            index (`int`): number of the generation, on which the noise depends.
+            transitions ([`~trl_diffusion.flow.sde.TransitionCoefficients`], *optional*): of the solver; Euler's by default.
+            keep (`Collection[int]`, *optional*): transitions whose states are kept.
+            policy (`str`, *optional*, defaults to `"current"`): name of the policy that samples.
+
+        Raises:
+            `ValueError`: no reward applies to any of the images.
+        """
+        args = self.args
+        prompts = [row["prompt"] for row in rows]
+        columns = self._column_reader.read(rows)
+        with self.timed("rollout"), self.policies.use(policy):
+            trajectory = self._rollout(prompts, index, transitions, keep)
+        with self.timed("decode"):
+            images = self.decode(trajectory.clean)
+        with self.timed("reward"):
+            scores = self.score(self.rewards, images, prompts, columns)
+            watched = self.score(self.watched_rewards, images, prompts, columns)
+        advantages = self._advantages(scores, watched, prompts, index)
+        digests = self._gather_rows(picture_digests(images)).view(-1, args.num_generations)
+        self._metrics["train"]["duplicate_images"].append(duplicate_share(digests).item())
+        self._images_since_log += len(prompts)
+        names = [*self.rewards, *self.watched_rewards, "advantage"]
+        values = torch.cat([scores, watched, advantages[:, None]], 1)
+        self._keep_samples(images, prompts, dict(zip(names, values.unbind(1), strict=True)))
+        return self.generation_class(
+            index=self._global_index(len(prompts)),
+            prompts=prompts,
+            clean=trajectory.clean,
+            scores=scores,
+            advantages=advantages,
+            states=trajectory.states,
+            log_probs=trajectory.log_probs,
+            relative_changes=trajectory.relative_changes,
+            columns=columns,
+        )
+
+    def _rollout(
+        self, prompts: list[str], generation: int, transitions: TransitionCoefficients | None, keep: Collection[int]
+    ) -> Trajectory:
+        """Trajectories of this process's rows, with the states of the transitions in `keep`."""
+        args = self.args
+        index = self._global_index(len(prompts))
+        noise_index = [i // args.num_generations for i in index] if args.shared_noise == "group" else index
+        initial = self.image_sampler.draw_noise(self.generators(_INITIAL_NOISE, generation, noise_index))
+        sampling = self.generators(_SAMPLING_NOISE, generation, index)
+        with self.rollout_model() as model:
+            return self.image_sampler.rollout(prompts, initial, model, transitions, sampling, keep)
+
+    def _gather_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """The rows `(B, ...)` of all processes, a group behind the other."""
+        # process, micro-batch, row -> micro-batch, process, row; see `GroupSampler`
+        processes, size = self.accelerator.num_processes, self.args.per_device_train_batch_size
+        gathered = self.accelerator.gather(values)
+        return gathered.view(processes, -1, size, *values.shape[1:]).transpose(0, 1).flatten(0, 2)
+
+    def _advantages(
+        self, scores: torch.Tensor, watched: torch.Tensor, prompts: list[str], generation: int
+    ) -> torch.Tensor:
+        """Advantages `(B,)` of this process's rows, from the scores `(B, R)` of all processes; logs the rewards."""
+        args = self.args
+        processes, size = self.accelerator.num_processes, args.per_device_train_batch_size
+        gathered = self._gather_rows(torch.cat([scores, watched], 1))
+        rewards, watched = gathered.split([scores.shape[1], watched.shape[1]], 1)
+        if rewards.isnan().all():
+            raise ValueError(
+                f"Every reward of generation {generation} is None or NaN: none of the reward functions "
+                f"{list(self.rewards)} applies to any of {len(rewards)} images (first prompt: {prompts[0]!r}). There "
+                "is nothing to train on; check the reward functions and the prompts."
+            )
+        advantages, total, group_std = aggregate_advantages(
+            rewards,
+            self.reward_weights.to(rewards.device),
+            args.num_generations,
+            args.multi_objective_aggregation,
+            args.scale_rewards,
+            args.advantage_clip,
+        )
+        metrics = self._metrics["train"]
+        metrics["reward"].append(total.nanmean().item())
+        metrics["reward_std"].append(group_std.mean().item())
+        metrics["frac_reward_zero_std"].append((group_std == 0).float().mean().item())
+        for kind, names, columns in (("rewards", self.rewards, rewards), ("watch", self.watched_rewards, watched)):
+            for name, column in zip(names, columns.unbind(1), strict=True):
+                applicable = column[~column.isnan()]
+                if len(applicable) > 1:
+                    metrics[f"{kind}/{name}/mean"].append(applicable.mean().item())
+                    metrics[f"{kind}/{name}/std"].append(applicable.std().item())
+        return advantages.view(-1, processes, size)[:, self.accelerator.process_index].flatten()
+
+    # ---- Saving and resuming ----
+
+    def _fixed_settings(self) -> dict[str, Any]:
+        args = self.args
+        return {
+            **super()._fixed_settings(),
+            "num_generations": args.num_generations,
+            "generation_batch_size": self._images_per_micro_batch * args.steps_per_generation,
+            "num_iterations": args.num_iterations,
+        }
+
+    def _is_between_generations(self, state: dict[str, Any]) -> bool:
+        return state["images_trained"] % self._images_per_generation == 0
+
+    def _generation_file(self, folder: str, process: int) -> Path:
+        return Path(folder) / f"generation_{process}.safetensors"
+
+    def _save_process_state(self, folder: str) -> None:
+        # A generation that will still be trained cannot be made again: the policy has moved on since.
+        if self._images_trained % self._images_per_generation > 0:
+            generation = self.generation_class.cat(self._micro_batches)
+            generation.save(self._generation_file(folder, self.accelerator.process_index))
+
+    def _load_process_state(self, folder: str) -> None:
+        if self._images_trained % self._images_per_generation == 0:
+            return
+        size = self.args.per_device_train_batch_size
+        # The file of this process has its rows, unless the images are now cut otherwise.
+        own = self._generation_file(folder, self.accelerator.process_index)
+        paths = list(dict.fromkeys([own, *sorted(Path(folder).glob("generation_*.safetensors"))]))
+        wanted = self._global_index(size * self.args.steps_per_generation)
+        self._micro_batches = self.generation_class.load(paths, wanted, self.args.device).split(size)
+        self._columns_missing = True
