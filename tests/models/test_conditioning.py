@@ -274,7 +274,7 @@ def test_memory_over_three_windows_at_the_size_of_flux():
         conditioning.get([f"prompt {24 * window}"])
         held.append((process.memory_info().rss - before) / 2**20)
     # A window is 96 MiB; as much again is what the encoder's own temporaries leave in the heap, on the CPU.
-    assert 90 < held[0] < 250, held
+    assert 60 < held[0] < 250, held
     assert held[2] < held[0] + 48, held
 
 
