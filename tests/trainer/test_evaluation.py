@@ -37,6 +37,16 @@ def only_cats(images, prompts, **columns):
     return [float(i) if "cat" in prompt else None for i, prompt in enumerate(prompts)]
 
 
+class DarkCats(RewardModel):
+    """Does not apply to most prompts."""
+
+    name = "dark_cats"
+
+    def score(self, images, prompts):
+        applies = torch.tensor(["cat" in prompt for prompt in prompts], device=images.device)
+        return torch.where(applies, 1 - images.mean(dim=(1, 2, 3)), torch.nan)
+
+
 class CountImages:
     """Counts what the trainer draws for evaluations: through the reward, which sees every image."""
 
@@ -74,7 +84,9 @@ def test_base_model_is_scored_once_and_logged_beside(make_trainer, train_dataset
 
 
 def test_win_rate_is_the_share_of_better_images(make_trainer, train_dataset):
-    trainer = make_trainer(eval_dataset=train_dataset, num_eval_images=6, watch_reward_funcs=[Darkness(), only_cats])
+    trainer = make_trainer(
+        eval_dataset=train_dataset, num_eval_images=6, watch_reward_funcs=[Darkness(), DarkCats(), only_cats]
+    )
     # An adapter that does nothing yet: every image ties.
     first = trainer.evaluate()
     assert first["eval_win_rate/reward"] == first["eval_win_rate/rewards/redness"] == 0.5
@@ -87,6 +99,10 @@ def test_win_rate_is_the_share_of_better_images(make_trainer, train_dataset):
     darker = (base - aligned).mean(dim=(1, 2, 3))
     expected = ((darker > 0).float() + (darker == 0).float() / 2).mean().item()
     assert metrics["eval_win_rate/watch/darkness"] == pytest.approx(expected)
+    # Images that a reward does not apply to are no ties.
+    cats = torch.tensor(["cat" in prompt for prompt in prompts])
+    assert 0 < cats.sum() < 6 and (darker[cats] != 0).all()
+    assert metrics["eval_win_rate/watch/dark_cats"] == pytest.approx((darker[cats] > 0).float().mean().item())
     assert metrics["eval_win_rate/watch/only_cats"] == 0.5 and not math.isnan(
         metrics["eval_base/watch/only_cats/mean"]
     )

@@ -21,6 +21,7 @@ from datasets import Dataset
 
 from ..data.prompts import check_prompts
 from ..metrics import mean_interval
+from ..metrics.win_rate import win_rate
 
 
 def evaluation_share(num_images: int, process: int, num_processes: int) -> list[int]:
@@ -56,17 +57,17 @@ class EvaluationMixin:
             those of the base model, `{prefix}_base/reward` and so on, and the share of the images that are better than
             the base model's, ties by half, `{prefix}_win_rate/reward`, `{prefix}_win_rate/rewards/{name}` and so on.
         """
-        _, scores, base = self._compare_with_base(self.eval_dataset if eval_dataset is None else eval_dataset)
+        prompts, scores, base = self._compare_with_base(self.eval_dataset if eval_dataset is None else eval_dataset)
 
         def means(scores: dict[str, torch.Tensor], group: str = "") -> dict[str, float]:
             return {f"{metric_key_prefix}_{group}{name}": column.nanmean().item() for name, column in scores.items()}
 
         metrics = means(scores)
         if base is not None:
-            better = {
-                name.removesuffix("/mean"): (1 + (column - base[name]).sign()) / 2 for name, column in scores.items()
-            }
-            metrics |= means(base, "base/") | means(better, "win_rate/")
+            metrics |= means(base, "base/")
+            for name, column in scores.items():
+                rate = win_rate((column - base[name]).cpu().numpy(), prompts)["win_rate"]
+                metrics[f"{metric_key_prefix}_win_rate/{name.removesuffix('/mean')}"] = rate
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
