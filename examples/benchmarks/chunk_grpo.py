@@ -56,6 +56,11 @@ class TimedTrainer(ChunkGRPOTrainer):
         self.seconds = dict.fromkeys(PHASES, 0.0)
         backward = self.accelerator.backward
         self.accelerator.backward = lambda *args, **kwargs: self.count("backward", backward, *args, **kwargs)
+        # The one forward of rollout and update.
+        velocity = self.image_sampler.velocity
+        self.image_sampler.velocity = lambda *args, **kwargs: self.count(
+            "forward of update" if torch.is_grad_enabled() else "forward of rollout", velocity, *args, **kwargs
+        )
 
     def synchronize(self):
         if self.args.device.type != "cpu":
@@ -68,10 +73,6 @@ class TimedTrainer(ChunkGRPOTrainer):
         self.synchronize()
         self.seconds[phase] += time.perf_counter() - start
         return result
-
-    def velocity(self, *args, **kwargs):
-        phase = "forward of update" if torch.is_grad_enabled() else "forward of rollout"
-        return self.count(phase, super().velocity, *args, **kwargs)
 
     def decode(self, *args, **kwargs):
         return self.count("decode", super().decode, *args, **kwargs)
