@@ -22,6 +22,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -33,10 +34,11 @@ from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import tiny_flux_pipeline
+from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from trl_diffusion import ChunkGRPOConfig, ChunkGRPOTrainer, shapes
-from trl_diffusion.hub import inherited_license, push_model
+from trl_diffusion.hub import Publisher, inherited_license, push_model
 from trl_diffusion.rewards import to_pil
 
 
@@ -269,6 +271,21 @@ def two_processes(folder):
     trainer.push_to_hub(commit_message="Once more", metrics={"base": {}, "aligned": {}})
 
 
+def alone(folder, results):
+    """A publisher without a trainer: a folder with a model, and what is known of it."""
+    output = folder / "alone"
+    output.mkdir()
+    for path in (folder / "end").glob("*adapter*"):
+        shutil.copy(path, output)
+    args = TrainingArguments(str(output), hub_token="hf_writing", hub_model_id="alice/alone", use_cpu=True)
+    facts = {"model_name": "x", "pipeline_class": "FluxPipeline", "base_model": BASE_MODEL, "call_arguments": {}}
+    with seen(results, "alone"):
+        publisher = Publisher(args, lambda: facts)
+        publisher.create_repository()
+        publisher.write_card(prompt="a lone cat")
+        publisher.push("By itself")
+
+
 def main(folder: Path) -> None:
     results = {}
     strategy(folder, results, "end")
@@ -280,6 +297,7 @@ def main(folder: Path) -> None:
     logins(folder, results)
     later(folder, results)
     embedded(folder, results)
+    alone(folder, results)
     (folder / "results.json").write_text(json.dumps(results, indent=2))
 
 

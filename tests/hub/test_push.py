@@ -276,3 +276,14 @@ def test_two_processes_push_once(session):
         "samples/gallery/001.png",
     }
     assert "| redness |" in card_of(repository.commits[1][1]).text
+
+
+def test_a_publisher_needs_no_trainer(session):
+    assert session.results["alone"] == {"error": None, "warnings": []}
+    repository = session.repository("alone")
+    assert repository.messages == ["By itself"]
+    assert set(repository.files) == {"README.md", "adapter_model.safetensors", "adapter_config.json"}
+    assert card_errors(repository.files["README.md"].decode()) == []
+    card = card_of(repository.files)
+    assert "# alone" in card.text and "a lone cat" in card.text
+    assert card.data.license_name == "flux-1-dev-non-commercial-license"

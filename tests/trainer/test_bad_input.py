@@ -144,14 +144,14 @@ def test_presets_are_valid(name, tmp_path):
     ],
 )
 def test_dataset(rows, error, message, make_trainer, monkeypatch):
-    monkeypatch.setattr("trl_diffusion.trainer.base_trainer.load_flow_model", never_loaded)
+    monkeypatch.setattr("trl_diffusion.trainer.construction.load_flow_model", never_loaded)
     dataset = Dataset.from_list(rows) if rows else Dataset.from_dict({"prompt": []})
     with pytest.raises(error, match=message):
         make_trainer(train_dataset=dataset, model="never/loaded")
 
 
 def test_image_that_a_reward_asks_for(make_trainer, monkeypatch):
-    monkeypatch.setattr("trl_diffusion.trainer.base_trainer.load_flow_model", never_loaded)
+    monkeypatch.setattr("trl_diffusion.trainer.construction.load_flow_model", never_loaded)
     values = [None, {"bytes": b"no image", "path": None}]
     dataset = Dataset.from_dict(
         {"prompt": ["a", "b"], "reference": values}, features=Features(prompt=Value("string"), reference=Image())
@@ -200,7 +200,7 @@ def test_dataset_of_another_kind(make_trainer):
     ],
 )
 def test_arguments_before_weights(arguments, error, message, make_trainer, monkeypatch):
-    monkeypatch.setattr("trl_diffusion.trainer.base_trainer.load_flow_model", never_loaded)
+    monkeypatch.setattr("trl_diffusion.trainer.construction.load_flow_model", never_loaded)
     with pytest.raises(error, match=message):
         make_trainer(model="never/loaded", **arguments)
 

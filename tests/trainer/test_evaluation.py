@@ -75,7 +75,7 @@ def test_base_model_is_scored_once_and_logged_beside(make_trainer, train_dataset
     prompts = train_dataset["prompt"][:]
     images = {fraction: trainer.generate(prompts, range(6), adapter_fraction=fraction) for fraction in (0.0, 1.0)}
     for prefix, fraction in (("eval_base/", 0.0), ("eval_", 1.0)):
-        expected = trainer.score(trainer.rewards, images[fraction], prompts, {}).mean().item()
+        expected = trainer.scorer.score(trainer.rewards, images[fraction], prompts, {}).mean().item()
         assert evaluations[-1][f"{prefix}rewards/redness/mean"] == pytest.approx(expected, abs=1e-6)
         assert evaluations[-1][f"{prefix}reward"] == pytest.approx(expected / 2, abs=1e-6)
         darkness = (1 - images[fraction].mean(dim=(1, 2, 3))).mean().item()

@@ -803,7 +803,7 @@ class TestBadInput:
         ids=["callable", "name", "server", "dotted"],
     )
     def test_black_box_reward(self, make_trainer, monkeypatch, reward, message):
-        monkeypatch.setattr("trl_diffusion.trainer.base_trainer.load_flow_model", never_loaded)
+        monkeypatch.setattr("trl_diffusion.trainer.construction.load_flow_model", never_loaded)
         with pytest.raises(TypeError, match=message):
             make_trainer(reward_funcs=reward, model="never/loaded")
 
@@ -840,7 +840,7 @@ class TestBadInput:
         ids=["offline-steps", "estimator", "missing-image", "small-buckets"],
     )
     def test_images_before_weights(self, make_trainer, monkeypatch, arguments, message):
-        monkeypatch.setattr("trl_diffusion.trainer.base_trainer.load_flow_model", never_loaded)
+        monkeypatch.setattr("trl_diffusion.trainer.construction.load_flow_model", never_loaded)
         arguments = dict(arguments)
         if "images" in arguments:
             arguments["train_dataset"] = image_dataset(arguments.pop("images"))

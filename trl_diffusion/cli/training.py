@@ -190,7 +190,7 @@ class ScriptArguments:
 
         from peft import LoraConfig
 
-        from ..trainer.base_trainer import DEFAULT_LORA
+        from ..trainer.network import DEFAULT_LORA
 
         lora = DEFAULT_LORA if self.lora_r is None else {"r": self.lora_r, "lora_alpha": self.lora_r}
         if self.lora_alpha is not None:

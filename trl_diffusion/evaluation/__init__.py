@@ -16,7 +16,8 @@
 
 from .adapters import Adapters
 from .comparison import compare, markdown_table
+from .evaluator import Evaluator, evaluation_share
 from .report import write_report
 
 
-__all__ = ["Adapters", "compare", "markdown_table", "write_report"]
+__all__ = ["Adapters", "Evaluator", "compare", "evaluation_share", "markdown_table", "write_report"]

@@ -16,6 +16,7 @@
 
 from .adapter import check_lora_config, check_names, plain_network, save_adapter
 from .model_card import build_model_card, hub_id
+from .publisher import Publisher
 from .push import (
     CARD_NAME,
     check_login,
@@ -32,6 +33,7 @@ from .push import (
 
 __all__ = [
     "CARD_NAME",
+    "Publisher",
     "build_model_card",
     "check_login",
     "check_lora_config",

@@ -14,19 +14,24 @@
 
 """Calls of rewards that fail or hang: under a time limit, and again."""
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from transformers.utils import logging
 
-from .base import MEMORY_REMEDY, RewardOutOfMemoryError, is_out_of_memory
+from .base import MEMORY_REMEDY, Reward, RewardOutOfMemoryError, is_out_of_memory, score_images
 from .remote import RewardServerError
 
 
 logger = logging.get_logger(__name__)
+
+T = TypeVar("T")
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before a retry; each pause is twice the last
 
@@ -94,6 +99,68 @@ def call_reward(
             )
             time.sleep(pause)
     raise RewardError(f"The reward {name!r} {reason} (attempt {attempt + 1}, prompts {shown(prompts)})") from cause
+
+
+@dataclass
+class Scorer:
+    """
+    Scores images by rewards that may fail or hang, a batch at a time.
+
+    Args:
+        batch_size (`int`): images that a reward gets together.
+        device (`torch.device`): see [`call_reward`], as the next two.
+        timeout (`float`, *optional*): seconds that a call may take.
+        retries (`int`): further attempts after the first.
+        on_accelerator (`Callable`): gives the context in which a reward can be used.
+        agree (`Callable`): gets the failure of each call, or `None`, and raises it; where several processes score
+            together, on all of them.
+    """
+
+    batch_size: int
+    device: torch.device
+    timeout: float | None
+    retries: int
+    on_accelerator: Callable[[Reward], contextlib.AbstractContextManager[None]]
+    agree: Callable[[Exception | None], None]
+
+    def score(
+        self,
+        rewards: Mapping[str, Reward],
+        images: torch.Tensor,
+        prompts: Sequence[str],
+        columns: Mapping[str, Sequence[Any]],
+    ) -> torch.Tensor:
+        """
+        Args:
+            rewards (`Mapping[str, Reward]` of length R): rewards by name.
+            images (`torch.Tensor` of shape `(B, 3, H, W)`): in [0, 1].
+            prompts (`Sequence[str]` of length B): their prompts.
+            columns (`Mapping[str, Sequence]`): columns of the dataset for black-box rewards, each of length B.
+
+        Returns:
+            `torch.Tensor` of shape `(B, R)`, NaN where a reward does not apply.
+        """
+        scores = []
+        for name, reward in rewards.items():
+            parts = []
+            with self.on_accelerator(reward):
+                for start in range(0, len(prompts), self.batch_size):
+                    rows = slice(start, start + self.batch_size)
+                    columns_of_rows = {column: values[rows] for column, values in columns.items()}
+                    call = partial(score_images, reward, images[rows], prompts[rows], columns_of_rows)
+                    parts.append(self.call(name, prompts[rows], call))
+            scores.append(torch.cat(parts))
+        return torch.stack(scores, 1) if scores else images.new_zeros((len(prompts), 0))
+
+    def call(self, name: str, prompts: Sequence[str], call: Callable[[], T]) -> T:
+        """What a call of the reward of this name, on images of these prompts, returns; see [`call_reward`]."""
+        result, failure = None, None
+        try:
+            result = call_reward(name, prompts, call, self.timeout, self.retries, self.device)
+        except (RewardError, TypeError, ValueError) as error:
+            failure = error
+        self.agree(failure)
+        return result
 
 
 def _call_within(call: Callable[[], Any], timeout: float, device: torch.device) -> Any:

@@ -138,7 +138,17 @@ def make_checkpoints_safe(
 
 
 def float32_partitions(engine: DeepSpeedEngine) -> list[torch.Tensor]:
-    """The flat partitions of the trained weights that this process has; the network's parameters have its dtype."""
+    """
+    The flat partitions of the trained weights that this process has; the network's parameters have its dtype.
+
+    Raises:
+        `ValueError`: they are on a disk, so other policies than the current one cannot be had.
+    """
+    if engine.zero_nvme_offload_optimizer():
+        raise ValueError(
+            "The optimizer is offloaded to NVMe, so the weights are not in memory between steps and no copy of them can be "
+            "kept or used. Offload it to the CPU, or train without one: ema_decay=None, and beta=0 or a LoRA."
+        )
     if engine.zero_optimization_partition_weights():
         return engine.optimizer.fp32_partitioned_groups_flat
     return engine.optimizer.single_partition_of_fp32_groups

@@ -79,7 +79,7 @@ class SampleImagesCallback(TrainerCallback):
     Writes sample images whenever the trainer logs: to `output_dir/samples/step_XXXXXX/` and to the reporting backends
     that show images (TensorBoard, Weights & Biases, trackio), in the row of the numbers of the step.
 
-    The trainer puts the samples into the attribute `samples`; they are written once.
+    The trainer hands the samples to [`keep`]; they are written once.
 
     Args:
         handler (`CallbackHandler`): the trainer's. The callback puts itself before those that report, since Weights &
@@ -94,6 +94,11 @@ class SampleImagesCallback(TrainerCallback):
             for callback in handler.callbacks
         ]
         handler.callbacks = [self, *reporting]
+
+    def keep(self, images: torch.Tensor, prompts: list[str], values: dict[str, torch.Tensor], count: int) -> None:
+        """Keep the first `count` of images `(B, 3, H, W)`, with one value `(B,)` a name, until they are written."""
+        values = {name: column[:count].tolist() for name, column in values.items()}
+        self.samples = Samples(images[:count].cpu(), prompts[:count], values)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         if self.samples is None or not state.is_world_process_zero:

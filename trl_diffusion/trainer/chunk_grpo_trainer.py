@@ -47,7 +47,7 @@ from ..rewards import Reward
 from ..runtime.checkpoints import checkpoints, why_incomplete
 from ..runtime.policies import REFERENCE
 from ..runtime.resuming import as_saved, refuse_changed, saved_state
-from .base_trainer import LossTerm
+from ..runtime.term_trainer import LossTerm
 from .chunk_grpo_config import ChunkGRPOConfig
 from .generation import Generation, shared
 from .online_trainer import METHOD_STREAM, OnlineTrainer

@@ -14,10 +14,14 @@
 
 """Numbers that the trainers log beside the loss."""
 
+import contextlib
 import functools
 import hashlib
-from collections.abc import Mapping
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 
+import psutil
 import torch
 from accelerate import Accelerator
 from peft.tuners.lora import LoraLayer
@@ -68,6 +72,47 @@ class RunningMetrics:
             values.append(functools.reduce(torch.fmax, largest))
         self._sums, self._maxima = {}, {}
         return dict(zip(names + maxima, torch.cat(values).tolist(), strict=True))
+
+
+class Speed:
+    """
+    Seconds of each phase, images a second and memory between two logs.
+
+    Args:
+        device (`torch.device`): the accelerator, whose work is waited for at the end of a phase.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.images = 0  # made by this process since the last log
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._last = 0, time.perf_counter()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the seconds within this context to a phase."""
+        start = time.perf_counter()
+        yield
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).synchronize()
+        self._seconds[name] += time.perf_counter() - start
+
+    def take(self, step: int, num_processes: int) -> dict[str, float]:
+        """Since the last call: `time/{phase}` an optimizer step, `images_per_second` of all processes, and memory."""
+        last_step, since = self._last
+        now = time.perf_counter()
+        steps = max(1, step - last_step)
+        logs = {f"time/{name}": seconds / steps for name, seconds in self._seconds.items()}
+        logs["images_per_second"] = self.images * num_processes / (now - since)
+        if self.device.type == "cpu":
+            used = psutil.Process().memory_info().rss
+        else:
+            used = torch.get_device_module(self.device).max_memory_allocated()
+        logs["memory/peak_gib"] = used / 2**30
+        self._seconds.clear()
+        self.images = 0
+        self._last = step, now
+        return logs
 
 
 def lora_update_norm(network: nn.Module, adapter_name: str = "default") -> float | None:

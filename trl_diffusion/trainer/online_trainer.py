@@ -157,12 +157,12 @@ class OnlineTrainer(DiffusionTrainer):
         with self.timed("decode"):
             images = self.decode(trajectory.clean)
         with self.timed("reward"):
-            scores = self.score(self.rewards, images, prompts, columns)
-            watched = self.score(self.watched_rewards, images, prompts, columns)
+            scores = self.scorer.score(self.rewards, images, prompts, columns)
+            watched = self.scorer.score(self.watched_rewards, images, prompts, columns)
         advantages = self._advantages(scores, watched, prompts, index)
         digests = self._gather_rows(picture_digests(images)).view(-1, args.num_generations)
         self._metrics["train"]["duplicate_images"].append(duplicate_share(digests).item())
-        self._images_since_log += len(prompts)
+        self._speed.images += len(prompts)
         names = [*self.rewards, *self.watched_rewards, "advantage"]
         values = torch.cat([scores, watched, advantages[:, None]], 1)
         self._keep_samples(images, prompts, dict(zip(names, values.unbind(1), strict=True)))

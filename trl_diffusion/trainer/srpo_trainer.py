@@ -33,7 +33,8 @@ from ..data.sampler import BucketSampler, GroupStream
 from ..flow import direct_align_pass, interpolate
 from ..objectives import discount_at, preference_loss, relative_preference
 from ..rewards import Reward, RewardModel, TwoTowerReward, is_differentiable, usual_range
-from .base_trainer import DiffusionTrainer, LossTerm
+from ..runtime.term_trainer import LossTerm
+from .base_trainer import DiffusionTrainer
 from .callbacks import RewardHackingCallback
 from .srpo_config import SRPOConfig
 
@@ -257,7 +258,7 @@ class SRPOTrainer(DiffusionTrainer):
         for name, reward in self.rewards.items():
             images = patches.clone().requires_grad_()
             gradient = None
-            with self.on_accelerator(reward):
+            with self.frozen.on_accelerator(reward):
                 score = reward.score(images, [prompt] * len(images))
                 if score.shape not in ((len(images),), (len(images), 1)):
                     raise ValueError(
@@ -313,11 +314,11 @@ class SRPOTrainer(DiffusionTrainer):
     ) -> CleanBatch:
         """Images of the dataset, encoded, with fresh noise."""
         size = self.images.size(rows[0], (self.height, self.width), self.flow.latent_downsample)
-        with self.timed("encode"), self.on_accelerator(self.flow.vae):
+        with self.timed("encode"), self.frozen.on_accelerator(self.flow.vae):
             images = self.images.load(rows, size).to(self.args.device)
             clean = self.flow.encode_image(images)
         noise = self.randn(self.generators(_FRESH_NOISE, numbers), clean)
-        self._images_since_log += len(rows)
+        self._speed.images += len(rows)
         return CleanBatch(prompts, clean, noise, sigmas, {}, [])
 
     def _online_batch(self, prompts: list[str], numbers: list[int], sigmas: torch.Tensor) -> CleanBatch:
@@ -328,7 +329,7 @@ class SRPOTrainer(DiffusionTrainer):
         with self.timed("rollout"), self.rollout_model() as model:
             trajectory = self.rollout_sampler.rollout(prompts, initial, model, keep=steps)
         clean = trajectory.clean
-        self._images_since_log += len(prompts)
+        self._speed.images += len(prompts)
         self._score_rollout(clean, prompts)
 
         fresh_generators = self.generators(_FRESH_NOISE, numbers)
@@ -356,7 +357,7 @@ class SRPOTrainer(DiffusionTrainer):
         with self.timed("decode"):
             images = self.decode(clean)
         with self.timed("reward"):
-            scores = self.score(self.rewards, images, prompts, {})
+            scores = self.scorer.score(self.rewards, images, prompts, {})
         gathered = self.accelerator.gather(scores)
         metrics = self._metrics["train"]
         metrics["reward"].append((gathered * self.reward_weights.to(gathered.device)).sum(1).mean().item())
@@ -432,7 +433,7 @@ class SRPOTrainer(DiffusionTrainer):
         for (name, reward), weight in zip(self.rewards.items(), self.reward_weights.tolist(), strict=True):
             prompt_sets = self._reward_prompts(name, batch.prompts)
             call = functools.partial(scores_of_prompt_sets, reward, images, prompt_sets)
-            positive, *negatives = self.call_reward(name, batch.prompts, call)
+            positive, *negatives = self.scorer.call(name, batch.prompts, call)
             negative = negatives[0] if negatives else None
             preference = relative_preference(positive, negative, discount, branch, args.preference)
             losses = losses + weight * preference_loss(preference, args.reward_threshold)
@@ -491,12 +492,12 @@ class SRPOTrainer(DiffusionTrainer):
             for sign, words in ((1, args.positive_words), (-1, args.negative_words)):
                 count = len(words[name] if isinstance(words, dict) else words)
                 prompt_sets = [args.control_prompts(words, name, i, prompts) for i in range(count)]
-                with self.on_accelerator(reward):
-                    for start in range(0, len(prompts), self.rollout_batch_size):
-                        part = slice(start, start + self.rollout_batch_size)
+                with self.frozen.on_accelerator(reward):
+                    for start in range(0, len(prompts), self.scorer.batch_size):
+                        part = slice(start, start + self.scorer.batch_size)
                         sets = [prompts_[part] for prompts_ in prompt_sets]
                         call = functools.partial(scores_of_prompt_sets, reward, images[part], sets)
-                        parts = self.call_reward(name, prompts[part], call)
+                        parts = self.scorer.call(name, prompts[part], call)
                         objective[part] += sign * weight * torch.stack(parts).mean(0)
         scores = {"objective": objective, **scores}
         compared = [name for name in scores if name == "objective" or name.startswith("watch/")]

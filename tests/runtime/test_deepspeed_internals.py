@@ -17,13 +17,18 @@
 import ast
 import inspect
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 
 
 pytest.importorskip("deepspeed", reason="needs the extra 'deepspeed'")
 
+from torch import nn  # noqa: E402
+
 from trl_diffusion.runtime import deepspeed_internals as internals  # noqa: E402
+from trl_diffusion.runtime.policies import Policies  # noqa: E402
+from trl_diffusion.runtime.sharding import held_weights  # noqa: E402
 
 
 METHODS = [
@@ -58,3 +63,10 @@ def test_every_private_name_is_listed():
     private -= {"_errors_noted", "_release_reserve"}  # of our own class
     listed = {name for methods, attributes in internals.NAMES.values() for name in (*methods, *attributes)}
     assert private <= listed
+
+
+@pytest.mark.parametrize("policy", ["average", "reference", "old"])
+def test_policies_are_refused_where_weights_are_on_a_disk(policy):
+    network, engine = nn.Linear(1, 1), SimpleNamespace(zero_nvme_offload_optimizer=lambda: True)
+    with pytest.raises(ValueError, match="offloaded to NVMe.*Offload it to the CPU"):
+        Policies(held_weights(network, engine), network).keep(policy)

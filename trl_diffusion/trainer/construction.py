@@ -1,0 +1,109 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What a trainer makes at its construction, from its settings: the model, what samples, and the first conditioning."""
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+
+from ..data.sampler import GroupStream
+from ..evaluation import evaluation_share
+from ..models import Conditioning, FlowModel, Sampler, load_flow_model, open_prompt_store
+from ..models.quantization import quantization_config
+from .base_config import DiffusionConfig
+
+
+logger = get_logger(__name__)
+
+
+def load_model(args: DiffusionConfig, model: str | DiffusionPipeline, full_fine_tuning: bool) -> FlowModel:
+    """The model of a pipeline, or of its id or path, in the dtype that it is trained in."""
+    if isinstance(model, DiffusionPipeline):
+        flow = load_flow_model(model, negative_prompt=args.negative_prompt)
+    else:
+        quantization = None if args.quantization is None else quantization_config(args.quantization)
+        flow = load_flow_model(
+            model,
+            # Full fine-tuning needs float32 master weights; a frozen base does not.
+            torch_dtype=torch.bfloat16 if args.bf16 and not full_fine_tuning else torch.float32,
+            size=(args.height, args.width),
+            negative_prompt=args.negative_prompt,
+            **({} if quantization is None else {"quantization_config": quantization}),
+        )
+    fused_loras = sorted(flow.pipeline.fused_loras)
+    if fused_loras:
+        logger.warning(
+            f"The pipeline has {fused_loras} fused into its weights. What is trained goes on top of that, and the model "
+            "card says so: whoever loads the new LoRA loads and fuses them first."
+        )
+    return flow
+
+
+def make_sampler(
+    flow: FlowModel, args: DiffusionConfig, upcoming: Callable[[], Iterable[str]], **options: Any
+) -> Sampler:
+    """
+    What samples by the settings.
+
+    Args:
+        flow ([`FlowModel`]): the model.
+        args ([`DiffusionConfig`]): settings.
+        upcoming (`Callable`): gives the prompts that this process will train.
+        **options: passed to [`Sampler.from_settings`].
+    """
+    store = open_prompt_store(flow, args.prompt_cache_gib) if args.cache_prompt_embeds else None
+    conditioning = Conditioning(flow, args.device, -(-args.prompt_window // args.world_size), store)
+    conditioning.upcoming = upcoming
+    return Sampler.from_settings(
+        flow,
+        args.num_inference_steps,
+        args.height,
+        args.width,
+        args.guidance_scale,
+        args.sigma_shift,
+        conditioning,
+        batch_size=args.rollout_batch_size or args.per_device_train_batch_size,
+        generator_device=args.device,
+        **options,
+    )
+
+
+def begin_conditioning(
+    conditioning: Conditioning,
+    args: DiffusionConfig,
+    train_dataset: Dataset | GroupStream,
+    eval_dataset: Dataset | None,
+) -> None:
+    """Encode all prompts where they fit into one window, else those of the evaluations, where these do."""
+    if isinstance(train_dataset, Dataset):
+        datasets = [train_dataset] if eval_dataset is None else [eval_dataset, train_dataset]
+        prompts: dict[str, None] = {}
+        for prompt in itertools.chain.from_iterable(dataset["prompt"] for dataset in datasets):
+            prompts[prompt] = None
+            if len(prompts) > args.prompt_window:
+                break
+        else:
+            conditioning.keep_all(prompts)
+            return
+    if eval_dataset is not None:
+        share = evaluation_share(args.num_eval_images, args.process_index, args.world_size)
+        prompts = dict.fromkeys(eval_dataset[index % len(eval_dataset)]["prompt"] for index in share)
+        if len(prompts) <= conditioning.window:
+            conditioning.keep(prompts)
