@@ -22,6 +22,7 @@ from collections.abc import Sequence
 
 from .errors import OneLineErrors
 from .startup import quick_imports
+from .threads import allowed_cores, set_thread_defaults, usable_cores
 
 
 # Command -> what it does. Each is a module of this package with `main(arguments) -> exit status`, imported when it is
@@ -71,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Rewards may be of a module in the current folder, which `python -m` looks into and an installed script does not.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    # The processes of a launch share the cores, and their launcher gives each one thread.
+    launches = any(argument.partition("=")[0] == "--accelerate_config" for argument in parsed.arguments)
+    set_thread_defaults(os.environ, allowed_cores() if launches else usable_cores(), allowed_cores())
     with quick_imports():
         command = importlib.import_module(f".{parsed.command.replace('-', '_')}", __package__)
     return command.main(parsed.arguments)
