@@ -250,7 +250,9 @@ class TestPolicy:
             batch.old_log_probs = batch.log_probs.clone()
             for chunk in batch.chunks:
                 above = 2e-3 * torch.randint(-2, 3, (4, 1)).float() * torch.ones(len(chunk))
-                batch.old_log_probs[:, chunk] = trainer._log_probs(trainer.model, batch, chunk) - above
+                with torch.no_grad():
+                    forwards = [trainer._transition(trainer.model, batch, i) for i in trainer._forward_groups(chunk)]
+                batch.old_log_probs[:, chunk] = torch.cat([log_probs for log_probs, *_ in forwards], 1) - above
                 log_ratios.append(above[:, 0])
             for term in trainer.loss_terms(trainer.model, batch):
                 term()
