@@ -173,7 +173,8 @@ def test_metrics_of_chunk_grpo(tmp_path):
     shared = settings(tmp_path, num_generations=4, chunk_sizes=[1, 2], beta=0.1)
     on_policy = run(ChunkGRPOTrainer, ChunkGRPOConfig(**shared))
     off_policy = run(ChunkGRPOTrainer, ChunkGRPOConfig(**shared, num_iterations=2))
-    check("chunk_grpo.md", on_policy | off_policy)
+    divergence = run(ChunkGRPOTrainer, ChunkGRPOConfig(**shared, trust_region="kl"))
+    check("chunk_grpo.md", on_policy | off_policy | divergence)
 
 
 def test_metrics_of_srpo(tmp_path):

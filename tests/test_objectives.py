@@ -20,6 +20,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trl_diffusion.flow import log_prob
 from trl_diffusion.flow.direct_align import direct_align_pass
 from trl_diffusion.objectives import (
     aggregate_advantages,
@@ -27,10 +28,11 @@ from trl_diffusion.objectives import (
     clipped_surrogate,
     discount_at,
     group_advantages,
+    guarded_log_probs,
+    masked_surrogate,
     preference_loss,
     preference_weights,
     relative_preference,
-    surrogate_log_prob_weight,
     transition_kl,
 )
 
@@ -247,25 +249,105 @@ def test_chunk_gradient_equals_finite_differences(chunk_size, sign):
 BOUNDS = [1 - EPSILON, 1 + EPSILON_HIGH]
 
 
+def clipped_derivative(ratio, advantages):
+    """Of the clipped loss by a chunk's mean log-probability, as PPO has it: a ratio exactly at a bound is not clipped."""
+    clipped = ((advantages > 0) & (ratio > 1 + EPSILON_HIGH)) | ((advantages < 0) & (ratio < 1 - EPSILON))
+    return torch.where(clipped, 0.0, -advantages * ratio)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("advantage", [2.0, 0.0, -2.0])
 @pytest.mark.parametrize(
     "ratio", [0.5, 0.9499, BOUNDS[0], 0.9501, 1.0, 1.0799, BOUNDS[1], 1.0801, 3.0], ids=lambda ratio: f"{ratio:.4f}"
 )
-def test_streamed_weight_is_the_derivative_of_the_joint_loss(ratio, advantage, dtype):
+def test_derivative_of_the_clipped_loss(ratio, advantage, dtype):
     ratio, advantages = torch.tensor([ratio], dtype=dtype), torch.tensor([advantage], dtype=dtype)
     # d ratio / d mean log-probability = ratio; the leaf is the ratio itself, so that it sits exactly on the bounds.
     leaf = ratio.clone().requires_grad_()
     clipped_surrogate(leaf, advantages, EPSILON, EPSILON_HIGH).sum().backward()
-    weight = surrogate_log_prob_weight(ratio, advantages, EPSILON, EPSILON_HIGH)
-    torch.testing.assert_close(weight, leaf.grad * ratio, rtol=1e-6 if dtype == torch.float32 else 1e-14, atol=0)
+    expected = clipped_derivative(ratio, advantages)
+    torch.testing.assert_close(leaf.grad * ratio, expected, rtol=1e-6 if dtype == torch.float32 else 1e-14, atol=0)
 
 
-@pytest.mark.parametrize("ratio", BOUNDS)
-@pytest.mark.parametrize("advantage", [2.0, -2.0])
-def test_a_ratio_exactly_at_a_bound_is_not_clipped(ratio, advantage):
-    weight = surrogate_log_prob_weight(double([ratio]), double([advantage]), EPSILON, EPSILON_HIGH)
-    assert weight.item() == pytest.approx(-advantage * ratio, abs=1e-15)
+# Other trust regions
+
+
+def moved_transitions(steps=3, drift=0.3):
+    """Transitions of an old policy with the noise that it drew, and the means of a policy that has moved."""
+    generator = torch.Generator().manual_seed(0)
+    noise, old_mean, shift = torch.randn(3, 5, steps, 40, generator=generator, dtype=torch.float64)
+    std = torch.linspace(0.5, 0.1, steps, dtype=torch.float64)[:, None]
+    return noise, old_mean, old_mean + drift * shift, std
+
+
+def guarded_ratio(noise, old_mean, mean, std):
+    """Log-ratio (B, steps) of GRPO-Guard, and the plain one, from the library's own log-probabilities."""
+    following = old_mean + std * noise
+    new, old = (
+        log_prob(following.flatten(0, 1), m.flatten(0, 1), std.repeat(5, 1)).view(5, -1) for m in (mean, old_mean)
+    )
+    divergence = transition_kl(mean.flatten(0, 1), old_mean.flatten(0, 1), std.repeat(5, 1)).view(5, -1)
+    guarded = guarded_log_probs(new, old, divergence, std[:, 0])
+    return guarded[0] - guarded[1], new - old, divergence
+
+
+def test_guarded_log_ratio_is_linear_in_the_move_of_the_mean():
+    """For x = mu_old + std z it is mean((mu - mu_old) z), and its gradient mean(z d mu)."""
+    noise, old_mean, mean, std = moved_transitions()
+    mean.requires_grad_()
+    guarded, _, _ = guarded_ratio(noise, old_mean, mean, std)
+    torch.testing.assert_close(guarded, ((mean - old_mean) * noise).mean(2), **TIGHT)
+    guarded.sum().backward()
+    torch.testing.assert_close(mean.grad, noise / 40, **TIGHT)
+
+
+def test_guarded_log_ratio_has_the_mean_zero_whatever_the_drift():
+    noise, old_mean, mean, std = moved_transitions(drift=3.0)
+    one, other = (guarded_ratio(sign * noise, old_mean, mean, std) for sign in (1, -1))
+    torch.testing.assert_close((one[0] + other[0]) / 2, torch.zeros_like(one[0]), rtol=0, atol=1e-10)
+    # The plain one has the mean of minus the divergence.
+    torch.testing.assert_close((one[1] + other[1]) / 2, -one[2], rtol=1e-10, atol=0)
+    assert one[2].min() > 1
+
+
+def test_guarded_ratio_of_a_policy_that_has_not_moved_is_one_with_the_gradient_of_the_plain_one_times_std():
+    noise, old_mean, _, std = moved_transitions()
+    mean = old_mean.clone().requires_grad_()
+    guarded, plain, divergence = guarded_ratio(noise, old_mean, mean, std)
+    assert (guarded == 0).all() and (divergence == 0).all()
+    gradients = [torch.autograd.grad(ratio.sum(), mean, retain_graph=True)[0] for ratio in (guarded, plain)]
+    torch.testing.assert_close(gradients[0], gradients[1] * std, **TIGHT)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "divergence", "loss"),
+    [
+        (1.1, 2.0, 2e-5, 0.0),  # good, already likelier, and too far
+        (1.1, 2.0, 1e-5, -2.2),  # as far as it may go
+        (0.9, 2.0, 2e-5, -1.8),  # good and less likely: it goes back
+        (0.9, -2.0, 2e-5, 0.0),
+        (0.9, -2.0, 0.0, 1.8),
+        (1.1, -2.0, 2e-5, 2.2),
+        (1.0, 2.0, 2e-5, -2.0),  # neither on nor back
+        (1.0, -2.0, 2e-5, 2.0),
+        (1.1, 0.0, 2e-5, 0.0),
+    ],
+)
+def test_masked_surrogate_by_hand(ratio, advantage, divergence, loss):
+    leaf = double([ratio]).requires_grad_()
+    ours = masked_surrogate(leaf, double([advantage]), double([divergence]), 1e-5)
+    assert ours.item() == pytest.approx(loss, abs=1e-12)
+    ours.backward()
+    assert leaf.grad.item() == pytest.approx(0 if loss == 0 else -advantage, abs=1e-12)
+
+
+def test_masked_surrogate_with_an_infinite_threshold_is_the_unclipped_one():
+    ratio = double([0.1, 0.9, 1.0, 1.2, 7.0]).requires_grad_()
+    advantages = double([1.0, -2.0, 3.0, -1.0, 0.5])
+    ours = masked_surrogate(ratio, advantages, double([1.0] * 5), math.inf)
+    assert torch.equal(ours, -advantages * ratio)
+    assert torch.equal(torch.autograd.grad(ours.sum(), ratio)[0], -advantages)
+    assert torch.equal(ours, clipped_surrogate(ratio, advantages, math.inf, math.inf))
 
 
 def policy(parameters, states):
@@ -292,7 +374,7 @@ def test_streamed_gradient_equals_joint_gradient(chunk_sizes):
     for chunk in chunks:
         with torch.no_grad():
             ratio = chunk_ratio(policy(streamed, states)[:, chunk], old[:, chunk])
-        weight = surrogate_log_prob_weight(ratio, advantages, EPSILON, EPSILON_HIGH)
+        weight = clipped_derivative(ratio, advantages)
         clipped += int((weight == 0).sum())
         for i in chunk:
             (weight * policy(streamed, states[:, i])).mean().div(len(chunk)).backward()

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What is maximised: group-relative advantages, the clipped chunk surrogate, and the semantic relative preference."""
+"""What is maximised: group-relative advantages, the chunk surrogate within its trust region, the relative preference."""
 
 from typing import Literal
 
@@ -162,17 +162,49 @@ def clipped_surrogate(
     return torch.maximum(-advantages * ratio, -advantages * clipped)
 
 
-def surrogate_log_prob_weight(
-    ratio: torch.Tensor, advantages: torch.Tensor, epsilon: float, epsilon_high: float
+def guarded_log_probs(
+    log_probs: torch.Tensor, old_log_probs: torch.Tensor, divergence: torch.Tensor, std: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    Log-probabilities whose difference $(\log p_t - \log p_t^{old} + D_t)\,\text{std}_t$ has the mean 0 over the noise
+    that was drawn, however far the policy has moved: that of the plain ones is $-D_t$, so that their ratios drift below
+    1, and their spread grows as the noise level falls.
+
+    Source: [GRPO-Guard](https://huggingface.co/papers/2510.22319), RatioNorm. With the noise z of the rollout the
+    difference is $\overline{(\mu - \mu_{old})\,z}$.
+
+    Args:
+        log_probs, old_log_probs (`torch.Tensor` of shape `(B, cs)`): per step of a chunk.
+        divergence (`torch.Tensor` of shape `(B, cs)`): D, the [`transition_kl`] to the sampling policy, with gradient.
+        std (`torch.Tensor` of shape `(cs,)`): of the steps.
+
+    Returns:
+        `tuple`: the two arguments of [`chunk_ratio`], `(B, cs)` each.
+    """
+    return (log_probs + divergence) * std, old_log_probs * std
+
+
+def masked_surrogate(
+    ratio: torch.Tensor, advantages: torch.Tensor, divergence: torch.Tensor, threshold: float
 ) -> torch.Tensor:
     r"""
-    Derivative of [`clipped_surrogate`] with respect to a chunk's mean log-probability: $-A\,\rho$ where the sample is
-    not clipped, 0 where it is. With it the chunk's gradient can be had step by step, in the memory of one step.
+    Policy loss per sample $-A\,\rho$ without a clip; 0 where the policy has moved by more than the threshold, and on in
+    the direction of the advantage: $D > \text{threshold}$ and ($A > 0$ and $\rho > 1$, or $A < 0$ and $\rho < 1$).
 
-    Args and shapes as in [`clipped_surrogate`]; `ratio` without gradient.
+    Source: [Flow-DPPO](https://huggingface.co/papers/2606.11025).
+
+    Args:
+        ratio (`torch.Tensor` of shape `(B,)`): from [`chunk_ratio`].
+        advantages (`torch.Tensor` of shape `(B,)`): of the samples.
+        divergence (`torch.Tensor` of shape `(B,)`): the [`transition_kl`] to the sampling policy, averaged over the
+            chunk.
+        threshold (`float`): of the divergence.
+
+    Example: by hand for ratio 1.1, A = 1 and threshold 1e-5: -1.1 at a divergence of 1e-6, 0 at 1e-4. With A = -1 it is
+    1.1 at both, since the step goes back.
     """
-    clipped = ((advantages > 0) & (ratio > 1 + epsilon_high)) | ((advantages < 0) & (ratio < 1 - epsilon))
-    return torch.where(clipped, 0.0, -advantages * ratio)
+    onwards = ((advantages > 0) & (ratio > 1)) | ((advantages < 0) & (ratio < 1))
+    return torch.where(onwards & (divergence > threshold), 0.0, -advantages * ratio)
 
 
 def transition_kl(mean: torch.Tensor, reference_mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:

@@ -128,7 +128,7 @@ def test_a_file_gives_rewards_their_options(tmp_path):
         (["--num_generation", "8"], r"--num_generation\. Did you mean --num_generations\?"),
         (["--learnin-rate=1e-4"], r"--learnin-rate\. Did you mean --learning_rate\?"),
         (["--zzz", "8"], r"--zzz\. '--help' lists"),
-        (["--preset", "ppo"], r"'ppo'\. Choose one of chunk_grpo, dance_grpo, flow_grpo"),
+        (["--preset", "ppo"], r"'ppo'\. Choose one of chunk_grpo, dance_grpo, flow_dppo, flow_grpo, flow_grpo_fast, "),
     ],
 )
 def test_wrong_names_on_the_command_line(tmp_path, arguments, message):

@@ -28,6 +28,7 @@ from trl_diffusion.flow import (
     relative_change,
     temporal_chunk_sizes,
     temporal_chunk_weights,
+    train_window_offset,
 )
 
 
@@ -198,6 +199,43 @@ def test_weighted_drawing_is_without_replacement_by_the_remaining_weights():
     # i first and then j out of the rest, or the other way round.
     expected = {(i, j): w[i] * w[j] / (1 - w[i]) + w[j] * w[i] / (1 - w[j]) for i, j in combinations(range(4), 2)}
     assert_frequencies(weights, 0.5, expected)
+
+
+@given(
+    num_transitions=st.integers(1, 20), window=st.integers(1, 20), interval=st.integers(1, 4), stride=st.integers(1, 7)
+)
+def test_a_sliding_window_moves_on_and_around(num_transitions, window, interval, stride):
+    window = min(window, num_transitions)
+    offset, count = 0, 0
+    for generation in range(40):
+        assert offset == train_window_offset(num_transitions, window, generation, "sliding", interval, stride)
+        assert 0 <= offset <= num_transitions - window
+        count += 1
+        if count == interval:
+            # One by one, so that the way around can be seen.
+            for _ in range(stride):
+                offset = 0 if offset == num_transitions - window else offset + 1
+            count = 0
+
+
+@pytest.mark.parametrize(
+    ("num_transitions", "window", "offsets"),
+    [
+        (9, 2, {0, 1, 2, 3}),  # those that Flow-GRPO-Fast draws with 10 steps: the window ends within the first five
+        (16, 2, set(range(7))),
+        (5, 5, {0}),
+        (5, 4, {0}),
+    ],
+)
+def test_a_random_window_lies_in_the_noisier_half(num_transitions, window, offsets):
+    generator = torch.Generator().manual_seed(0)
+    drawn = Counter(
+        train_window_offset(num_transitions, window, 0, "random", generator=generator) for _ in range(DRAWS)
+    )
+    assert drawn.keys() == offsets
+    for count in drawn.values():
+        error = (1 / len(offsets) * (1 - 1 / len(offsets)) / DRAWS) ** 0.5
+        assert count / DRAWS == pytest.approx(1 / len(offsets), abs=5 * error)
 
 
 @pytest.mark.gpu

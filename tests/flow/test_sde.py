@@ -53,6 +53,18 @@ def test_eta_zero_is_euler(kind, num_steps, shift):
     assert (table.std == 0).all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_some_transitions_are_stochastic(kind):
+    sigmas = shifted_schedule(7)
+    euler, noisy = transition_coefficients(sigmas, None), transition_coefficients(sigmas, kind)
+    mixed = transition_coefficients(sigmas, kind, stochastic=[1, 2, 6])
+    for i in range(7):
+        # The last one is Euler's whatever is asked for.
+        expected = noisy if i in (1, 2) else euler
+        assert all(torch.equal(ours[i], table[i]) for ours, table in zip(mixed, expected, strict=True)), i
+    assert ((mixed.std > 0).nonzero().flatten()).tolist() == [1, 2]
+
+
 def test_no_kind_is_euler():
     sigmas = shifted_schedule(7)
     x, v = states()

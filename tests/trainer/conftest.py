@@ -92,6 +92,21 @@ def trainable(trainer):
     }
 
 
+def generation(trainer, prompts=("a cat", "a dog")):
+    """One generation of a trainer that has not trained yet."""
+    rows = [{"prompt": prompt} for prompt in prompts for _ in range(trainer.args.num_generations)]
+    return trainer.make_micro_batches(rows, 0)
+
+
+def perturb(trainer, scale=0.02, seed=0):
+    """Move the adapter away from its start, where its second matrix is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter += scale * torch.randn(parameter.shape, generator=generator)
+
+
 def gradients(trainer, micro_batch):
     """Gradients of the trained weights by one micro-batch, in float64."""
     trainer.model.zero_grad()

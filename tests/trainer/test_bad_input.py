@@ -71,6 +71,53 @@ def never_loaded(*args, **kwargs):
         ({"sde_type": "cps", "eta": 1.5}, "and at most 1, got 1.5"),
         ({"epsilon": 0.0}, "epsilon must be above 0"),
         ({"beta": -1.0}, "beta must not be negative"),
+        (
+            {"train_window": 2, "chunk_sizes": [2, 3, 4, 7]},
+            r"chunk_sizes=\[2, 3, 4, 7\] cannot act: train_window=2 says",
+        ),
+        ({"train_window": 2, "chunk_sampling": "uniform"}, "chunk_sampling='uniform' cannot act: train_window=2 says"),
+        ({"train_window": 2, "chunk_fraction": 1.0}, "chunk_fraction=1.0 cannot act: train_window=2"),
+        ({"train_window": 2, "num_chunks": 3}, "num_chunks=3 cannot act: train_window=2"),
+        ({"train_window": 17}, "between 1 and the 16 trainable transitions of num_inference_steps=17.*, got 17"),
+        ({"train_window": 0}, "between 1 and the 16 trainable transitions of num_inference_steps=17.*, got 0"),
+        ({"train_window": 2, "window_chunk": 3}, "window_chunk must lie between 1 and train_window=2, got 3"),
+        ({"train_window": 2, "window_stride": 0}, "window_stride must be at least 1, got 0"),
+        ({"train_window": 2, "window_interval": 0}, "window_interval must be at least 1, got 0"),
+        (
+            {"train_window": 2, "window_schedule": "ring"},
+            "window_schedule must be one of 'sliding', 'random', got 'ring'",
+        ),
+        (
+            {"train_window": 2, "window_schedule": "random", "window_stride": 2},
+            "window_stride=2 cannot act: window_schedule='random'",
+        ),
+        ({"window_chunk": 2}, "window_chunk=2 cannot act: train_window is not set"),
+        ({"window_schedule": "random"}, "window_schedule='random' cannot act: train_window is not set"),
+        ({"stochastic_steps": "none"}, "stochastic_steps must be one of 'all', 'trained', got 'none'"),
+        (
+            {"stochastic_steps": "trained", "num_inference_steps": 10},
+            "'trained' cannot be used with chunk_sizes='temporal'",
+        ),
+        ({"stochastic_steps": "trained", "chunk_sampling": "temporal"}, "with chunk_sampling='temporal'"),
+        ({"trust_region": "ppo"}, "trust_region must be one of 'clip', 'kl', 'guard', got 'ppo'"),
+        ({"trust_region": "kl", "epsilon": 1e-4}, "epsilon=0.0001 cannot act: trust_region='kl' clips no ratio"),
+        ({"trust_region": "kl", "epsilon_high": 1e-4}, "epsilon_high=0.0001 cannot act: trust_region='kl'"),
+        ({"trust_region": "kl", "kl_threshold": 0.0}, "kl_threshold must be above 0, got 0.0"),
+        (
+            {"trust_region": "guard", "kl_threshold": 1e-4},
+            "kl_threshold=0.0001 cannot act: trust_region='guard' clips",
+        ),
+        ({"kl_threshold": 1e-4}, "kl_threshold=0.0001 cannot act: trust_region='clip' clips ratios"),
+        ({"trust_region": "guard", "old_log_probs": "rollout"}, "'guard' cannot be used with old_log_probs='rollout'"),
+        ({"loss_weighting": "size"}, "loss_weighting must be one of 'inverse_chunk_size', got 'size'"),
+        (
+            {"loss_weighting": "inverse_chunk_size", "chunk_sizes": "equal:1"},
+            "cannot act on chunks of one step.*chunk_sizes",
+        ),
+        (
+            {"loss_weighting": "inverse_chunk_size", "train_window": 3},
+            "cannot act on chunks of one step.*window_chunk",
+        ),
         ({"num_inference_steps": 1}, "num_inference_steps must be at least 2"),
         ({"sigma_shift": 0.0}, "sigma_shift must be above 0"),
         ({"shared_noise": "all"}, "shared_noise must be one of 'group', 'none'"),
@@ -116,7 +163,8 @@ def test_unknown_setting(tmp_path):
 
 def test_unknown_preset():
     with pytest.raises(
-        ValueError, match=r"no preset 'grpo'. Choose one of \['chunk_grpo', 'dance_grpo', 'flow_grpo'\]"
+        ValueError,
+        match=r"no preset 'grpo'. Choose one of \['chunk_grpo', 'dance_grpo', 'flow_dppo', 'flow_grpo', 'flow_grpo_fast', 'gr",
     ):
         ChunkGRPOConfig.preset("grpo")
 
@@ -127,7 +175,10 @@ def test_presets_are_valid(name, tmp_path):
     # 2 prompts of 12 images a process, two optimizer steps each
     assert config.generation_batch_size == 24
     assert config.steps_per_generation == 2 * config.gradient_accumulation_steps
-    assert sum(config.chunk_sizes) == 16
+    if config.train_window is None:
+        assert sum(config.chunk_sizes) == 16
+    else:
+        assert config.stochastic_steps == "trained" and config.window_chunk == 1
 
 
 @pytest.mark.parametrize(

@@ -34,22 +34,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl_diffusion.flow import log_prob, shifted_schedule, transition_coefficients, transition_mean
 from trl_diffusion.rewards import RewardModel
 
-from .conftest import PIPELINES, PROMPTS, gradients, redness, trainable
-
-
-def generation(trainer, prompts=("a cat", "a dog")):
-    """One generation of a trainer that has not trained yet."""
-    rows = [{"prompt": prompt} for prompt in prompts for _ in range(trainer.args.num_generations)]
-    return trainer.make_micro_batches(rows, 0)
-
-
-def perturb(trainer, scale=0.02, seed=0):
-    """Move the adapter away from its start, where its second matrix is zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                parameter += scale * torch.randn(parameter.shape, generator=generator)
+from .conftest import PIPELINES, PROMPTS, generation, gradients, perturb, redness, trainable
 
 
 class TestRun:
@@ -250,7 +235,9 @@ class TestPolicy:
             batch.old_log_probs = batch.log_probs.clone()
             for chunk in batch.chunks:
                 above = 2e-3 * torch.randint(-2, 3, (4, 1)).float() * torch.ones(len(chunk))
-                batch.old_log_probs[:, chunk] = trainer._log_probs(trainer.model, batch, chunk) - above
+                with torch.no_grad():
+                    forwards = [trainer._transition(trainer.model, batch, i) for i in trainer._forward_groups(chunk)]
+                batch.old_log_probs[:, chunk] = torch.cat([log_probs for log_probs, *_ in forwards], 1) - above
                 log_ratios.append(above[:, 0])
             for term in trainer.loss_terms(trainer.model, batch):
                 term()
@@ -425,8 +412,26 @@ class TestResume:
             {"num_iterations": 2, "save_steps": 3},
             {"chunk_sizes": "temporal", "num_chunks": 2, "chunk_sampling": "temporal"},
             {"peft_config": False, "learning_rate": 1e-3},
+            # Within a window, and within a generation that has the means of the policy that sampled it.
+            {
+                "chunk_sizes": None,
+                "train_window": 2,
+                "window_interval": 2,
+                "stochastic_steps": "trained",
+                "save_steps": 3,
+            },
+            {
+                "chunk_sizes": None,
+                "train_window": 3,
+                "window_schedule": "random",
+                "window_chunk": 2,
+                "steps_per_generation": 4,
+                "save_steps": 3,
+                "trust_region": "guard",
+                "chunk_gradient": "streamed",
+            },
         ],
-        ids=["on-policy", "mid-generation", "second-pass", "temporal", "full"],
+        ids=["on-policy", "mid-generation", "second-pass", "temporal", "full", "window", "old-means"],
     )
     def test_resumed_equals_uninterrupted(self, make_trainer, tmp_path, settings):
         settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "log_samples": False, **settings}

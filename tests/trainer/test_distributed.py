@@ -60,8 +60,21 @@ def run(folder, processes, **settings):
             "chunk_sampling": "temporal",
             "beta": 0.1,
         },
+        # What a generation draws depends on its number alone, and images of a group are on both processes.
+        {
+            "gradient_accumulation_steps": 2,
+            "steps_per_generation": 4,
+            "per_device_train_batch_size": 2,
+            "chunk_sizes": None,
+            "train_window": 2,
+            "window_schedule": "random",
+            "window_chunk": 2,
+            "stochastic_steps": "trained",
+            "trust_region": "guard",
+            "epsilon": 1e-3,
+        },
     ],
-    ids=["on-policy", "off-policy"],
+    ids=["on-policy", "off-policy", "window"],
 )
 def test_ddp_equals_one_process(tmp_path, settings):
     size = settings["per_device_train_batch_size"]

@@ -126,10 +126,11 @@ class TestSettingsWin:
             {"num_inference_steps": 3, "chunk_sizes": [1, 1], "chunk_sampling": [1]},
             {"chunk_sizes": [3], "chunk_sampling": [0], "eta": 0.3},
             {"chunk_sizes": "temporal", "num_chunks": 3, "min_chunk_size": 1},
+            {"chunk_sizes": None, "train_window": 2, "stochastic_steps": "trained", "trust_region": "kl"},
             {"sde_type": "dance", "height": 32, "sigma_shift": None, "beta": 0.0},
             {"epsilon": 1e-3, "chunk_fraction": 1.0, "scale_rewards": "none", "chunk_gradient": "streamed"},
         ],
-        ids=["fewer-steps", "one-chunk", "temporal", "size", "objective"],
+        ids=["fewer-steps", "one-chunk", "temporal", "window", "size", "objective"],
     )
     def test_between_generations_all_of_sampling_can_change(self, whole, tmp_path, settings):
         folder, _ = whole["chunk_grpo"]
@@ -219,6 +220,9 @@ class TestRefused:
             ({"guidance_scale": 2.0}, "guidance_scale was 3.5 and is 2.0"),
             ({"width": 32}, "width was 16 and is 32"),
             ({"sigma_shift": 1.0}, "sigma_shift was 3.0 and is 1.0"),
+            ({"stochastic_steps": "trained"}, "stochastic_steps was 'all' and is 'trained'"),
+            ({"trust_region": "kl"}, "trust_region was 'clip' and is 'kl'"),
+            ({"train_window": 2, "chunk_sizes": None}, "train_window was None and is 2"),
         ],
     )
     def test_within_a_generation_what_made_it(self, whole, tmp_path, settings, message):

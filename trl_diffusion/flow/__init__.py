@@ -21,6 +21,7 @@ from .chunks import (
     relative_change,
     temporal_chunk_sizes,
     temporal_chunk_weights,
+    train_window_offset,
 )
 from .direct_align import direct_align_pass, interpolate, recover
 from .rollout import Trajectory, rollout
@@ -45,6 +46,7 @@ __all__ = [
     "step",
     "temporal_chunk_sizes",
     "temporal_chunk_weights",
+    "train_window_offset",
     "transition_coefficients",
     "transition_mean",
 ]

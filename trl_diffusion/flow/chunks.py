@@ -21,6 +21,7 @@ list of chunk sizes that sum to T - 1.
 """
 
 from itertools import accumulate
+from typing import Literal
 
 import torch
 
@@ -165,3 +166,44 @@ def draw_chunks(
         weights = torch.ones(num_chunks, dtype=torch.float64)
     weights = weights.to(generator.device)
     return sorted(torch.multinomial(weights, count, generator=generator).tolist())
+
+
+def train_window_offset(
+    num_transitions: int,
+    window: int,
+    generation: int,
+    schedule: Literal["sliding", "random"],
+    interval: int = 25,
+    stride: int = 1,
+    generator: torch.Generator | None = None,
+) -> int:
+    """
+    The first transition of the window that a generation trains, a function of its number alone.
+
+    Source: `"sliding"` is that of [MixGRPO](https://huggingface.co/papers/2507.21802), `"random"` that of Flow-GRPO-Fast
+    ([Flow-GRPO](https://huggingface.co/papers/2505.05470)).
+
+    Args:
+        num_transitions (`int`): T - 1.
+        window (`int`): transitions of the window W, from 1 to `num_transitions`.
+        generation (`int`): number of the generation, from 0 on.
+        schedule (`str`): `"sliding"`: from the noisiest transition on, and around; `"random"`: drawn among the offsets of
+            the noisier half.
+        interval (`int`, *optional*, defaults to `25`): generations after which a sliding window moves.
+        stride (`int`, *optional*, defaults to `1`): transitions by which it moves.
+        generator (`torch.Generator`, *optional*): of a random window, seeded alike on every process.
+
+    Returns:
+        `int`: from 0 to `num_transitions - window`.
+
+    Example: three offsets have room; a generation each, and around.
+
+    ```python
+    >>> [train_window_offset(5, 3, generation, "sliding", interval=1) for generation in range(5)]
+    [0, 1, 2, 0, 1]
+    ```
+    """
+    num_offsets = num_transitions - window + 1
+    if schedule == "sliding":
+        return generation // interval * stride % num_offsets
+    return int(torch.randint(max(1, num_offsets // 2), (), generator=generator))

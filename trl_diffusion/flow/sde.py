@@ -25,6 +25,7 @@ training take their step from the same table with the same function ([`step`]).
 """
 
 import math
+from collections.abc import Collection
 from typing import Literal, NamedTuple
 
 import torch
@@ -60,7 +61,10 @@ class TransitionCoefficients(NamedTuple):
 
 
 def transition_coefficients(
-    sigmas: torch.Tensor, sde_type: SDEType | None, eta: float | None = None
+    sigmas: torch.Tensor,
+    sde_type: SDEType | None,
+    eta: float | None = None,
+    stochastic: Collection[int] | None = None,
 ) -> TransitionCoefficients:
     r"""
     The transitions of a schedule under one of three stochastic samplers, or under the Euler solver.
@@ -85,6 +89,9 @@ def transition_coefficients(
             One of `"flow"`, `"dance"`, `"cps"`, or `None` for the deterministic solver.
         eta (`float`, *optional*):
             Noise level; `None` takes the paper's value for the kind (0.7, 0.3, 0.8).
+        stochastic (`Collection[int]`, *optional*):
+            The transitions that get noise, all but the last by default; the others are Euler steps
+            ([MixGRPO](https://huggingface.co/papers/2507.21802)).
 
     Returns:
         [`TransitionCoefficients`] in float64. `eta = 0` gives the Euler table whatever the kind.
@@ -126,7 +133,9 @@ def transition_coefficients(
         latents_scale = 1 + g_squared * dt / (2 * sigma)
         velocity_scale = (1 + g_squared * (1 - sigma) / (2 * sigma)) * dt
         std = (g_squared * -dt).sqrt()
-    latents_scale[-1], velocity_scale[-1], std[-1] = 1, dt[-1], 0
+    last = len(dt) - 1
+    euler = [i for i in range(len(dt)) if i == last or (stochastic is not None and i not in stochastic)]
+    latents_scale[euler], velocity_scale[euler], std[euler] = 1, dt[euler], 0
     return TransitionCoefficients(latents_scale, velocity_scale, std)
 
 

@@ -14,12 +14,16 @@
 
 """Settings of [`ChunkGRPOTrainer`]."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from ..flow import DEFAULT_ETA, equal_chunk_sizes
 from .online_config import OnlineConfig
 
+
+# Settings that choose among chunks, which a window replaces, and those of a window.
+_CHUNK_CHOICE = ("chunk_sizes", "chunk_sampling", "chunk_fraction", "num_chunks", "min_chunk_size")
+_WINDOW = ("window_schedule", "window_interval", "window_stride", "window_chunk")
 
 # The paper's layout, for T = 17.
 PAPER_CHUNK_SIZES = [2, 3, 4, 7]
@@ -38,6 +42,7 @@ _FLUX_720 = {
     "max_grad_norm": 0.01,
     "lr_scheduler_type": "constant",
 }
+_FLOW_GRPO = {**_FLUX_720, "sde_type": "flow", "eta": 0.7, "chunk_sizes": "equal:1", "learning_rate": 3e-4}
 
 
 @dataclass
@@ -55,6 +60,9 @@ class ChunkGRPOConfig(OnlineConfig):
             Stochastic sampler: `"flow"` (Flow-GRPO), `"dance"` (DanceGRPO) or `"cps"` (coefficients-preserving).
         eta (`float`, *optional*):
             Noise level of the sampler. `None` takes the paper's value: 0.7 for flow, 0.3 for dance, 0.8 for cps.
+        stochastic_steps (`str`, *optional*, defaults to `"all"`):
+            Which transitions get noise: all but the last (`"all"`), or only those that the generation trains
+            (`"trained"`, MixGRPO), between which the sampler is Euler's.
 
         > Parameters that control chunks
 
@@ -75,11 +83,35 @@ class ChunkGRPOConfig(OnlineConfig):
             `"joint"`: one forward and backward for all steps of a chunk; `"streamed"`: step by step, in the memory of
             one step. Both give the same gradient.
 
+        > Parameters that control a training window, in place of `chunk_sizes`, `chunk_fraction` and `chunk_sampling`
+
+        train_window (`int`, *optional*):
+            Each generation trains so many consecutive transitions, all of them.
+        window_schedule (`str`, *optional*, defaults to `"sliding"`):
+            `"sliding"`: the window begins at the noisiest transition and moves on, and around; `"random"`: it is drawn
+            for each generation, among the offsets of the noisier half.
+        window_interval (`int`, *optional*, defaults to `25`):
+            Generations after which a sliding window moves.
+        window_stride (`int`, *optional*, defaults to `1`):
+            Transitions by which it moves.
+        window_chunk (`int`, *optional*, defaults to `1`):
+            Transitions of a chunk of the window, from 1 (step-level) to `train_window` (one chunk).
+
         > Parameters that control the objective
 
         old_log_probs (`str`, *optional*, defaults to `"recompute"`):
             Where updates are not strictly on-policy, the sampling policy's log-probabilities are recomputed before the
             first update in the batch shapes of training (`"recompute"`) or taken from the rollout (`"rollout"`).
+        trust_region (`str`, *optional*, defaults to `"clip"`):
+            What bounds an update that is not on-policy: ratios are clipped (`"clip"`); images drop out of a chunk whose
+            transitions have moved too far (`"kl"`, Flow-DPPO); or ratios are normalised over noise levels and clipped
+            (`"guard"`, GRPO-Guard, with an `epsilon` of about 2e-6).
+        kl_threshold (`float`, *optional*, defaults to `1e-5`):
+            Divergence from the sampling policy, averaged over latent elements and the steps of a chunk, up to which
+            `trust_region="kl"` goes on.
+        loss_weighting (`str`, *optional*):
+            `"inverse_chunk_size"`: step-level GRPO with the weights of chunks, in which each step has a ratio of its own
+            and weighs 1 over the size of its chunk. It tells apart what chunks do by their ratio and by their weights.
         beta (`float`, *optional*, defaults to `0.0`):
             Weight of the KL divergence to the reference, the model without its adapter.
         epsilon (`float`, *optional*, defaults to `5e-5`):
@@ -103,12 +135,40 @@ class ChunkGRPOConfig(OnlineConfig):
         # https://huggingface.co/papers/2505.07818, the LoRA setting
         "dance_grpo": {**_FLUX_720, "sde_type": "dance", "eta": 0.3, "chunk_sizes": "equal:1", "learning_rate": 3e-4},
         # https://huggingface.co/papers/2505.05470 on the same schedule
-        "flow_grpo": {**_FLUX_720, "sde_type": "flow", "eta": 0.7, "chunk_sizes": "equal:1", "learning_rate": 3e-4},
+        "flow_grpo": _FLOW_GRPO,
+        # Its Flow-GRPO-Fast, on the same schedule
+        "flow_grpo_fast": {
+            **{name: value for name, value in _FLOW_GRPO.items() if name != "chunk_sizes"},
+            "stochastic_steps": "trained",
+            "train_window": 2,
+            "window_schedule": "random",
+        },
+        # https://huggingface.co/papers/2507.21802
+        "mix_grpo": {
+            **_FLUX_720,
+            "num_inference_steps": 25,
+            "sde_type": "flow",
+            "eta": 0.7,
+            "stochastic_steps": "trained",
+            "train_window": 4,
+            "window_schedule": "sliding",
+            "window_interval": 25,
+            "window_stride": 1,
+            "learning_rate": 1e-5,
+        },
+        # https://huggingface.co/papers/2510.22319 on Flow-GRPO
+        "grpo_guard": {**_FLOW_GRPO, "trust_region": "guard", "epsilon": 2e-6},
+        # https://huggingface.co/papers/2606.11025 on Flow-GRPO
+        "flow_dppo": {**_FLOW_GRPO, "trust_region": "kl", "kl_threshold": 1e-5},
     }
     PRESET_REWARDS: ClassVar[dict[str, list[str]]] = {
         "chunk_grpo": ["hpsv3"],
         "dance_grpo": ["hpsv2"],
         "flow_grpo": ["pickscore"],
+        "flow_grpo_fast": ["pickscore"],
+        "mix_grpo": ["hpsv2"],
+        "grpo_guard": ["pickscore"],
+        "flow_dppo": ["pickscore"],
     }
 
     # Generation
@@ -118,6 +178,13 @@ class ChunkGRPOConfig(OnlineConfig):
     eta: float | None = field(
         default=None,
         metadata={"help": "Noise level. None takes the paper's value: 0.7 for flow, 0.3 for dance, 0.8 for cps."},
+    )
+    stochastic_steps: str = field(
+        default="all",
+        metadata={
+            "help": "Which transitions get noise: all but the last, or only those that the generation trains.",
+            "choices": ["all", "trained"],
+        },
     )
 
     # Chunks
@@ -145,6 +212,25 @@ class ChunkGRPOConfig(OnlineConfig):
         },
     )
 
+    # Training window
+    train_window: int | None = field(
+        default=None,
+        metadata={"help": "Consecutive transitions that each generation trains, in place of chunk_sizes."},
+    )
+    window_schedule: str = field(
+        default="sliding",
+        metadata={
+            "help": "'sliding': from the noisiest transition on, and around; 'random': drawn for each generation in the "
+            "noisier half.",
+            "choices": ["sliding", "random"],
+        },
+    )
+    window_interval: int = field(default=25, metadata={"help": "Generations after which a sliding window moves."})
+    window_stride: int = field(default=1, metadata={"help": "Transitions by which a sliding window moves."})
+    window_chunk: int = field(
+        default=1, metadata={"help": "Transitions of a chunk of the window: 1 is step-level, train_window one chunk."}
+    )
+
     # Objective
     old_log_probs: str = field(
         default="recompute",
@@ -152,6 +238,24 @@ class ChunkGRPOConfig(OnlineConfig):
             "help": "Where updates are not on-policy, recompute the sampling policy's log-probabilities or take the "
             "rollout's.",
             "choices": ["recompute", "rollout"],
+        },
+    )
+    trust_region: str = field(
+        default="clip",
+        metadata={
+            "help": "What bounds an update: clipped ratios, a threshold of the divergence from the sampling policy, or "
+            "normalised and clipped ratios.",
+            "choices": ["clip", "kl", "guard"],
+        },
+    )
+    kl_threshold: float = field(
+        default=1e-5, metadata={"help": "Divergence from the sampling policy up to which trust_region='kl' goes on."}
+    )
+    loss_weighting: str | None = field(
+        default=None,
+        metadata={
+            "help": "Step-level ratios in which each step weighs 1 over the size of its chunk.",
+            "choices": ["inverse_chunk_size"],
         },
     )
     beta: float = field(default=0.0, metadata={"help": "Weight of the KL divergence to the reference."})
@@ -172,17 +276,85 @@ class ChunkGRPOConfig(OnlineConfig):
                 f"eta must be above 0{' and at most 1' if self.sde_type == 'cps' else ''}, got {self.eta}: without "
                 "noise all images of a prompt are alike and there is nothing to compare."
             )
-        if self.epsilon_high is None:
-            self.epsilon_high = self.epsilon
-        for name in ("epsilon", "epsilon_high"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
+        self._check_choice("stochastic_steps", ("all", "trained"))
+        self._check_trust_region()
         if self.beta < 0:
             raise ValueError(f"beta must not be negative, got {self.beta}.")
         if not 0 < self.chunk_fraction <= 1:
             raise ValueError(f"chunk_fraction must lie in (0, 1], got {self.chunk_fraction}.")
-        self._resolve_chunk_sizes()
-        self._resolve_chunk_sampling()
+        if self.train_window is None:
+            self._refuse_given(
+                _WINDOW, "train_window is not set, so there is no window. Set train_window, or leave it"
+            )
+            self._resolve_chunk_sizes()
+            self._resolve_chunk_sampling()
+        else:
+            self._check_window()
+        if self.stochastic_steps == "trained" and "temporal" in (self.chunk_sizes, self.chunk_sampling):
+            name = "chunk_sizes" if self.chunk_sizes == "temporal" else "chunk_sampling"
+            raise ValueError(
+                f"stochastic_steps='trained' cannot be used with {name}='temporal', which chooses what trains by a rollout "
+                f"whose noise depends on it. Give {name} otherwise, set train_window, or leave stochastic_steps='all'."
+            )
+        if self.loss_weighting is not None:
+            self._check_choice("loss_weighting", ("inverse_chunk_size",))
+            if self.window_chunk == 1 if self.train_window is not None else set(self.chunk_sizes) == {1}:
+                raise ValueError(
+                    f"loss_weighting={self.loss_weighting!r} cannot act on chunks of one step. Set larger "
+                    f"{'chunk_sizes' if self.train_window is None else 'window_chunk'}, or leave it at None."
+                )
+
+    def _check_trust_region(self) -> None:
+        self._check_choice("trust_region", ("clip", "kl", "guard"))
+        if self.trust_region == "kl":
+            self._refuse_given(
+                ("epsilon", "epsilon_high"), "trust_region='kl' clips no ratio. Set kl_threshold instead, and leave it"
+            )
+        else:
+            self._refuse_given(
+                ("kl_threshold",),
+                f"trust_region={self.trust_region!r} clips ratios. Set epsilon instead, or trust_region='kl', and leave it",
+            )
+        if self.trust_region != "clip" and self.old_log_probs == "rollout":
+            raise ValueError(
+                f"trust_region={self.trust_region!r} cannot be used with old_log_probs='rollout': it needs the means of the "
+                "sampling policy, which are computed with its log-probabilities. Leave old_log_probs='recompute'."
+            )
+        if self.epsilon_high is None and self.trust_region != "kl":
+            self.epsilon_high = self.epsilon
+        for name in ("epsilon", "epsilon_high", "kl_threshold"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}.")
+
+    def _check_window(self) -> None:
+        self._refuse_given(
+            _CHUNK_CHOICE, f"train_window={self.train_window} says what trains. Set only one of them: leave it"
+        )
+        self._check_choice("window_schedule", ("sliding", "random"))
+        num_transitions = self.num_inference_steps - 1
+        if not 1 <= self.train_window <= num_transitions:
+            raise ValueError(
+                f"train_window must lie between 1 and the {num_transitions} trainable transitions of "
+                f"num_inference_steps={self.num_inference_steps} (the last step is never trained), got {self.train_window}."
+            )
+        if not 1 <= self.window_chunk <= self.train_window:
+            raise ValueError(
+                f"window_chunk must lie between 1 and train_window={self.train_window}, got {self.window_chunk}."
+            )
+        for name in ("window_interval", "window_stride"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.window_schedule == "random":
+            self._refuse_given(
+                ("window_interval", "window_stride"), "window_schedule='random' draws each window anew. Leave it"
+            )
+
+    def _refuse_given(self, names: tuple[str, ...], reason: str) -> None:
+        """Refuse settings that cannot act, where they differ from their default."""
+        for each in fields(self):
+            if each.name in names and getattr(self, each.name) != each.default:
+                raise ValueError(f"{each.name}={getattr(self, each.name)!r} cannot act: {reason} at {each.default!r}.")
 
     def _resolve_chunk_sizes(self) -> None:
         num_transitions = self.num_inference_steps - 1

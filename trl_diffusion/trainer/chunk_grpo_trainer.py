@@ -31,18 +31,15 @@ from transformers import TrainerCallback
 from ..flow import (
     chunk_steps,
     draw_chunks,
+    equal_chunk_sizes,
     log_prob,
     temporal_chunk_sizes,
     temporal_chunk_weights,
+    train_window_offset,
     transition_coefficients,
     transition_mean,
 )
-from ..objectives import (
-    chunk_ratio,
-    clipped_surrogate,
-    surrogate_log_prob_weight,
-    transition_kl,
-)
+from ..objectives import chunk_ratio, clipped_surrogate, guarded_log_probs, masked_surrogate, transition_kl
 from ..rewards import Reward
 from ..runtime.checkpoints import checkpoints, why_incomplete
 from ..runtime.policies import REFERENCE
@@ -55,7 +52,7 @@ from .online_trainer import METHOD_STREAM, OnlineTrainer
 
 logger = get_logger(__name__)
 
-# The stream of random numbers that draws chunks.
+# The stream of random numbers that draws chunks and windows.
 _CHUNKS = METHOD_STREAM
 
 
@@ -66,14 +63,19 @@ class MicroBatch(Generation):
 
     Attributes:
         chunks (`list[list[int]]`): the transitions of each trained chunk.
+        divisors (`list[int]`): of each chunk's loss, so that their sum is the loss of a sample.
         old_log_probs (`torch.Tensor` of shape `(m, T)` or `None`): of the sampling policy; `None` where the update is
             strictly on-policy.
+        old_means (`dict[int, torch.Tensor]`): means `(m, ...)` of each trained transition under the sampling policy; empty
+            where the trust region needs none, or the update is strictly on-policy.
         reference_means (`dict[int, torch.Tensor]`): means `(m, ...)` of each trained transition under the reference; empty
             without a KL term.
     """
 
     chunks: list[list[int]] = shared()
+    divisors: list[int] = shared()
     old_log_probs: torch.Tensor | None = None
+    old_means: dict[int, torch.Tensor] = field(default_factory=dict)
     reference_means: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
@@ -81,7 +83,9 @@ class ChunkGRPOTrainer(OnlineTrainer):
     """
     Trainer for [Chunk-GRPO](https://huggingface.co/papers/2510.21583): online reinforcement learning of flow-matching
     text-to-image models that optimises chunks of consecutive sampling steps. Chunks of one step are step-level GRPO
-    ([DanceGRPO](https://huggingface.co/papers/2505.07818), [Flow-GRPO](https://huggingface.co/papers/2505.05470)).
+    ([DanceGRPO](https://huggingface.co/papers/2505.07818), [Flow-GRPO](https://huggingface.co/papers/2505.05470)); a
+    window of noisy steps is [MixGRPO](https://huggingface.co/papers/2507.21802); other trust regions are those of
+    [GRPO-Guard](https://huggingface.co/papers/2510.22319) and [Flow-DPPO](https://huggingface.co/papers/2606.11025).
 
     ```python
     from datasets import load_dataset
@@ -156,6 +160,7 @@ class ChunkGRPOTrainer(OnlineTrainer):
         self.transitions = transition_coefficients(self.sigmas, args.sde_type, args.eta)
         self._transitions_on_device = self.transitions.to(device, torch.float32)
         self._sigmas_on_device = self.sigmas.to(device)
+        self._step_lengths = (self.sigmas[:-1] - self.sigmas[1:]).tolist()
         self.chunk_sizes = None if args.chunk_sizes == "temporal" else args.chunk_sizes
 
     def _needs_copy_of_reference(self) -> bool:
@@ -168,25 +173,35 @@ class ChunkGRPOTrainer(OnlineTrainer):
         args = self.args
         # Which chunks train is known before the rollout, unless it depends on the rollout's dynamics.
         drawn = None
-        if self.chunk_sizes is not None and args.chunk_sampling != "temporal":
+        if args.train_window is not None or (self.chunk_sizes is not None and args.chunk_sampling != "temporal"):
             drawn = self._draw_chunks(index, None)
         keep = range(args.num_inference_steps - 1) if drawn is None else sum(drawn, [])
-        generation = self.make_generation(rows, index, self.transitions, keep)
+        transitions = self.transitions
+        if args.stochastic_steps == "trained":
+            transitions = transition_coefficients(self.sigmas, args.sde_type, args.eta, stochastic=keep)
+        generation = self.make_generation(rows, index, transitions, keep)
 
-        changes = generation.relative_changes.mean(0)[:-1]
-        changes = self.accelerator.reduce(changes, reduction="mean").cpu()
-        if self.chunk_sizes is None:
-            self.chunk_sizes = temporal_chunk_sizes(changes, args.num_chunks, args.min_chunk_size)
-            logger.info(f"Temporal chunk layout of this run, the noisiest first: {self.chunk_sizes}")
-        generation.chunks = self._draw_chunks(index, changes) if drawn is None else drawn
-        needed = {state for chunk in generation.chunks for i in chunk for state in (i, i + 1)}
+        if drawn is None:
+            changes = generation.relative_changes.mean(0)[:-1]
+            changes = self.accelerator.reduce(changes, reduction="mean").cpu()
+            if self.chunk_sizes is None:
+                self.chunk_sizes = temporal_chunk_sizes(changes, args.num_chunks, args.min_chunk_size)
+                logger.info(f"Temporal chunk layout of this run, the noisiest first: {self.chunk_sizes}")
+            drawn = self._draw_chunks(index, changes)
+        needed = {state for chunk in drawn for i in chunk for state in (i, i + 1)}
         generation.states = {i: latents for i, latents in generation.states.items() if i in needed}
+        # Every chunk weighs the same, whatever its size.
+        if args.loss_weighting == "inverse_chunk_size":
+            generation.chunks = [[step] for chunk in drawn for step in chunk]
+            generation.divisors = [len(chunk) * len(drawn) for chunk in drawn for _ in chunk]
+        else:
+            generation.chunks, generation.divisors = drawn, [len(drawn)] * len(drawn)
 
         micro_batches = generation.split(args.per_device_train_batch_size)
         if not args.on_policy:
             with self.timed("old_log_probs"), self.rollout_model() as model:
                 for micro_batch in micro_batches:
-                    micro_batch.old_log_probs = self._old_log_probs(model, micro_batch)
+                    self._add_old_policy(model, micro_batch)
         if args.beta > 0:
             self._add_reference_means(micro_batches)
         return micro_batches
@@ -194,14 +209,21 @@ class ChunkGRPOTrainer(OnlineTrainer):
     def _draw_chunks(self, generation: int, relative_changes: torch.Tensor | None) -> list[list[int]]:
         """The transitions of each chunk that trains in this generation, the same on every process."""
         args = self.args
+        seed = int(np.random.SeedSequence([args.seed, _CHUNKS, generation]).generate_state(1)[0])
+        generator = torch.Generator().manual_seed(seed)
+        if args.train_window is not None:
+            offset = train_window_offset(
+                args.num_inference_steps - 1, args.train_window, generation, args.window_schedule,
+                args.window_interval, args.window_stride, generator,
+            )  # fmt: skip
+            steps = chunk_steps(equal_chunk_sizes(args.train_window, args.window_chunk))
+            return [[offset + step for step in chunk] for chunk in steps]
         steps = chunk_steps(self.chunk_sizes)
         if isinstance(args.chunk_sampling, list):
             return [steps[index] for index in args.chunk_sampling]
         weights = None
         if args.chunk_sampling == "temporal":
             weights = temporal_chunk_weights(relative_changes, self.chunk_sizes)
-        seed = int(np.random.SeedSequence([args.seed, _CHUNKS, generation]).generate_state(1)[0])
-        generator = torch.Generator().manual_seed(seed)
         return [steps[index] for index in draw_chunks(len(steps), args.chunk_fraction, weights, generator)]
 
     # ---- Objective ----
@@ -230,12 +252,6 @@ class ChunkGRPOTrainer(OnlineTrainer):
         """The transitions of each forward of a chunk."""
         return [chunk] if self.args.chunk_gradient == "joint" else [[i] for i in chunk]
 
-    @torch.no_grad()
-    def _log_probs(self, model: nn.Module, micro_batch: MicroBatch, chunk: list[int]) -> torch.Tensor:
-        """Log-probabilities `(m, cs)` without gradient, in the batch shapes of training."""
-        parts = [self._transition(model, micro_batch, steps)[0] for steps in self._forward_groups(chunk)]
-        return torch.cat(parts, 1)
-
     def _add_reference_means(self, micro_batches: list[MicroBatch]) -> None:
         # Once a generation, since another policy cannot be used between a forward and its backward.
         with self.timed("reference"), self.policies.use(REFERENCE), self.rollout_model() as model:
@@ -251,67 +267,122 @@ class ChunkGRPOTrainer(OnlineTrainer):
             means |= dict(zip(steps, mean.split(len(micro_batch.prompts)), strict=True))
         return means
 
-    def _old_log_probs(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
-        """Log-probabilities `(m, T)` of the sampling policy at the trained transitions."""
+    @torch.no_grad()
+    def _add_old_policy(self, model: nn.Module, micro_batch: MicroBatch) -> None:
+        """What the objective needs of the sampling policy at the trained transitions, in the batch shapes of training."""
+        micro_batch.old_log_probs = micro_batch.log_probs.clone()
         if self.args.old_log_probs == "rollout":
-            return micro_batch.log_probs
-        old = micro_batch.log_probs.clone()
-        for chunk in micro_batch.chunks:
-            old[:, chunk] = self._log_probs(model, micro_batch, chunk)
-        return old
+            return
+        for steps in [steps for chunk in micro_batch.chunks for steps in self._forward_groups(chunk)]:
+            log_probs, mean, _ = self._transition(model, micro_batch, steps)
+            micro_batch.old_log_probs[:, steps] = log_probs
+            if self.args.trust_region != "clip":
+                micro_batch.old_means |= dict(zip(steps, mean.split(len(micro_batch.prompts)), strict=True))
 
     def loss_terms(self, model: nn.Module, micro_batch: MicroBatch) -> Sequence[LossTerm]:
         """
         One term for each trained chunk (`chunk_gradient="joint"`), or for each of its steps (`"streamed"`).
 
-        The loss is the mean over images and trained chunks of the clipped surrogate, plus `beta` times the KL
-        divergence to the reference; every chunk weighs the same, whatever its size.
+        The loss is the mean over images and trained chunks of the surrogate within its trust region, plus `beta` times
+        the KL divergence to the reference; every chunk weighs the same, whatever its size.
         """
+        chunks = list(zip(micro_batch.chunks, micro_batch.divisors, strict=True))
         if self.args.chunk_gradient == "joint":
-            return [lambda chunk=chunk: self._joint_term(model, micro_batch, chunk) for chunk in micro_batch.chunks]
+            return [
+                lambda chunk=chunk, divisor=divisor: self._joint_term(model, micro_batch, chunk, divisor)
+                for chunk, divisor in chunks
+            ]
         terms = []
-        for chunk in micro_batch.chunks:
+        for chunk, divisor in chunks:
             weights = {}  # of the chunk, computed by its first step and used by all
             terms += [
-                lambda step=step, chunk=chunk, weights=weights: self._streamed_term(
-                    model, micro_batch, chunk, step, weights
+                lambda step=step, chunk=chunk, divisor=divisor, weights=weights: self._streamed_term(
+                    model, micro_batch, chunk, divisor, step, weights
                 )
                 for step in chunk
             ]
         return terms
 
-    def _joint_term(self, model: nn.Module, micro_batch: MicroBatch, chunk: list[int]) -> torch.Tensor:
+    def _compared(
+        self, micro_batch: MicroBatch, steps: list[int], log_probs: torch.Tensor, mean: torch.Tensor, std: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        What [`_transition`] has given of `steps`, against the sampling policy: the log-probabilities of both that make the
+        ratio, and the divergence, each `(m, S)`; the divergence is 0 where the trust region does not ask for it.
+        """
+        on_policy = micro_batch.old_log_probs is None
+        old_log_probs = log_probs.detach() if on_policy else micro_batch.old_log_probs[:, steps]
+        if self.args.trust_region == "clip":
+            return log_probs, old_log_probs, torch.zeros_like(old_log_probs)
+        old_mean = mean.detach() if on_policy else torch.cat([micro_batch.old_means[step] for step in steps])
+        divergence = transition_kl(mean, old_mean, std).view(len(steps), -1).T
+        if self.args.trust_region == "guard":
+            std = std.view(len(steps), -1).T
+            return *guarded_log_probs(log_probs, old_log_probs, divergence, std), divergence
+        return log_probs, old_log_probs, divergence
+
+    def _surrogate(
+        self, chunk: list[int], ratio: torch.Tensor, advantages: torch.Tensor, divergence: torch.Tensor
+    ) -> torch.Tensor:
+        """The loss `(m,)` of a chunk, by its ratio `(m,)` and its mean divergence `(m,)`."""
         args = self.args
+        if args.trust_region == "kl":
+            return masked_surrogate(ratio, advantages, divergence, args.kl_threshold)
+        loss = clipped_surrogate(ratio, advantages, args.epsilon, args.epsilon_high)
+        if args.trust_region == "guard":
+            # The gradient of a long step would be larger than that of a short one.
+            loss = loss / np.mean([self._step_lengths[step] for step in chunk])
+        return loss
+
+    def _joint_term(self, model: nn.Module, micro_batch: MicroBatch, chunk: list[int], divisor: int) -> torch.Tensor:
         log_probs, mean, std = self._transition(model, micro_batch, chunk)
-        old = log_probs.detach() if micro_batch.old_log_probs is None else micro_batch.old_log_probs[:, chunk]
-        ratio = chunk_ratio(log_probs, old)
-        surrogate = clipped_surrogate(ratio, micro_batch.advantages, args.epsilon, args.epsilon_high)
-        loss = surrogate.mean() / len(micro_batch.chunks)
-        self._record_ratio(micro_batch, chunk, log_probs.detach(), old)
-        return loss + self._kl_term(micro_batch, chunk, mean, std) / len(micro_batch.chunks)
+        new, old, divergence = self._compared(micro_batch, chunk, log_probs, mean, std)
+        divergence = divergence.detach().mean(1)
+        surrogate = self._surrogate(chunk, chunk_ratio(new, old), micro_batch.advantages, divergence)
+        self._record_ratio(micro_batch, chunk, log_probs, new, old, divergence)
+        return (surrogate.mean() + self._kl_term(micro_batch, chunk, mean, std)) / divisor
 
     def _streamed_term(
-        self, model: nn.Module, micro_batch: MicroBatch, chunk: list[int], step: int, weights: dict[str, torch.Tensor]
+        self,
+        model: nn.Module,
+        micro_batch: MicroBatch,
+        chunk: list[int],
+        divisor: int,
+        step: int,
+        weights: dict[str, torch.Tensor],
     ) -> torch.Tensor:
-        args = self.args
         advantages = micro_batch.advantages
         if not weights:
-            ratio = torch.ones_like(advantages)
+            ratio, divergence = torch.ones_like(advantages), torch.zeros_like(advantages)
             if micro_batch.old_log_probs is not None:
-                log_probs = self._log_probs(model, micro_batch, chunk)
-                old = micro_batch.old_log_probs[:, chunk]
-                ratio = chunk_ratio(log_probs, old)
-                self._record_ratio(micro_batch, chunk, log_probs, old)
-            weights["log_prob"] = surrogate_log_prob_weight(ratio, advantages, args.epsilon, args.epsilon_high)
-            weights["value"] = clipped_surrogate(ratio, advantages, args.epsilon, args.epsilon_high)
+                ratio, divergence = self._ratio_of_chunk(model, micro_batch, chunk)
+            ratio.requires_grad_()
+            value = self._surrogate(chunk, ratio, advantages, divergence)
+            (gradient,) = torch.autograd.grad(value.sum(), ratio)
+            # The derivative by the mean of the steps' log-probabilities.
+            weights["log_prob"], weights["value"] = gradient * ratio.detach(), value.detach()
         log_probs, mean, std = self._transition(model, micro_batch, [step])
+        new, old, divergence = self._compared(micro_batch, [step], log_probs, mean, std)
         if micro_batch.old_log_probs is None:
-            self._record_ratio(micro_batch, [step], log_probs.detach(), log_probs.detach())
-        weighted = weights["log_prob"] * log_probs[:, 0]
+            self._record_ratio(micro_batch, [step], log_probs, new, old, divergence[:, 0])
+        weighted = weights["log_prob"] * new[:, 0]
         # The gradient is that of `weighted`, the value that of the chunk's loss.
         loss = (weighted - weighted.detach() + weights["value"]).mean()
-        loss = loss + self._kl_term(micro_batch, [step], mean, std)
-        return loss / (len(chunk) * len(micro_batch.chunks))
+        return (loss + self._kl_term(micro_batch, [step], mean, std)) / (len(chunk) * divisor)
+
+    @torch.no_grad()
+    def _ratio_of_chunk(
+        self, model: nn.Module, micro_batch: MicroBatch, chunk: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ratio and the mean divergence of a chunk, `(m,)` each, step by step."""
+        steps = []
+        for step in chunk:
+            log_probs, mean, std = self._transition(model, micro_batch, [step])
+            steps.append((log_probs, *self._compared(micro_batch, [step], log_probs, mean, std)))
+        log_probs, new, old, divergence = (torch.cat(parts, 1) for parts in zip(*steps, strict=True))
+        divergence = divergence.mean(1)
+        self._record_ratio(micro_batch, chunk, log_probs, new, old, divergence)
+        return chunk_ratio(new, old), divergence
 
     def _kl_term(
         self, micro_batch: MicroBatch, steps: list[int], mean: torch.Tensor, std: torch.Tensor
@@ -323,25 +394,39 @@ class ChunkGRPOTrainer(OnlineTrainer):
         self._running_metrics.add({"kl": kl})
         return self.args.beta * kl
 
+    @torch.no_grad()
     def _record_ratio(
-        self, micro_batch: MicroBatch, steps: list[int], log_probs: torch.Tensor, old_log_probs: torch.Tensor
+        self,
+        micro_batch: MicroBatch,
+        steps: list[int],
+        log_probs: torch.Tensor,
+        new: torch.Tensor,
+        old: torch.Tensor,
+        divergence: torch.Tensor,
     ) -> None:
-        """Add the ratios of a chunk, or of one of its steps, to the metrics; log-probabilities `(m, cs)`."""
+        """
+        Add the ratios of a chunk, or of one of its steps, to the metrics: the log-probabilities of training, those that
+        [`_compared`] makes of both policies, `(m, cs)` each, and the mean divergence `(m,)`.
+        """
         args, advantages = self.args, micro_batch.advantages
-        log_ratio = (log_probs - old_log_probs).mean(1)
+        log_ratio = (new - old).mean(1)
         ratio = log_ratio.exp()
         # Off-policy, the policy has moved on by now; the gap is between the two ways to have the old log-probabilities.
-        of_training = log_probs if micro_batch.old_log_probs is None else old_log_probs
+        of_training = log_probs if micro_batch.old_log_probs is None else micro_batch.old_log_probs[:, steps]
         gap = (of_training - micro_batch.log_probs[:, steps]).abs()
-        low = (ratio < 1 - args.epsilon) & (advantages < 0)
-        high = (ratio > 1 + args.epsilon_high) & (advantages > 0)
+        if args.trust_region == "kl":
+            beyond = divergence > args.kl_threshold
+            low, high = beyond & (ratio < 1), beyond & (ratio > 1)
+        else:
+            low, high = ratio < 1 - args.epsilon, ratio > 1 + args.epsilon_high
         self._running_metrics.add(
             {
                 "ratio/mean": ratio.mean(),
                 "frac_off_policy": (log_ratio.abs() > 0).float().mean(),
-                "clip_ratio/low_mean": low.float().mean(),
-                "clip_ratio/high_mean": high.float().mean(),
+                "clip_ratio/low_mean": (low & (advantages < 0)).float().mean(),
+                "clip_ratio/high_mean": (high & (advantages > 0)).float().mean(),
                 "rollout_logp_gap": gap.mean(),
+                **({} if args.trust_region == "clip" else {"divergence/mean": divergence.mean()}),
             },
             maxima={"log_ratio/abs_max": log_ratio.abs().max()},
         )
@@ -362,7 +447,9 @@ class ChunkGRPOTrainer(OnlineTrainer):
     def _rollout_settings(self) -> dict[str, Any]:
         """Settings that the states of a generation and the dynamics of a rollout depend on."""
         args = self.args
-        names = ("num_inference_steps", "sigma_shift", "sde_type", "eta", "chunk_sizes")
+        names = (
+            "num_inference_steps", "sigma_shift", "sde_type", "eta", "stochastic_steps", "chunk_sizes", "train_window"
+        )  # fmt: skip
         settings = {name: vars(args)[name] for name in names}
         settings |= {"height": self.height, "width": self.width, "guidance_scale": self.guidance_scale}
         temporal = args.chunk_sizes == "temporal"
@@ -370,11 +457,16 @@ class ChunkGRPOTrainer(OnlineTrainer):
         settings["min_chunk_size"] = args.min_chunk_size if temporal else None
         return settings
 
+    def _generation_settings(self) -> dict[str, Any]:
+        """Further settings that what is kept of a generation depends on."""
+        return {"trust_region": self.args.trust_region}
+
     def state_dict(self) -> dict[str, Any]:
         return {
             **super().state_dict(),
             "chunk_sizes": self.chunk_sizes,
             "rollout_settings": self._rollout_settings(),
+            "generation_settings": self._generation_settings(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -395,8 +487,8 @@ class ChunkGRPOTrainer(OnlineTrainer):
         remedy = f"resume from {ends[-1]}, which is at the end of a generation" if ends else "start a new run"
         refuse_changed(
             checkpoint,
-            state["rollout_settings"],
-            self._rollout_settings(),
+            state["rollout_settings"] | state["generation_settings"],
+            self._rollout_settings() | self._generation_settings(),
             "It was written within a generation, whose images were made and cut into chunks with the former settings.",
             remedy,
         )
