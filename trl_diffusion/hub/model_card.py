@@ -193,7 +193,12 @@ def _usage(
 
 
 def _call(prompt: str, call_arguments: Mapping[str, Any], *more: str) -> list[str]:
-    arguments = [_literal(prompt), *(f"{name}={_literal(value)}" for name, value in call_arguments.items()), *more]
+    # By name: the first argument of some pipelines is an image.
+    arguments = [
+        f"prompt={_literal(prompt)}",
+        *(f"{name}={_literal(value)}" for name, value in call_arguments.items()),
+        *more,
+    ]
     return ["image = pipe(", *(f"    {argument}," for argument in arguments), ").images[0]"]
 
 
