@@ -32,9 +32,9 @@ from tiny_models import (
 )
 
 from trl_diffusion.models import (
+    FlowModel,
     Flux2FlowModel,
     Flux2KleinFlowModel,
-    FlowModel,
     FluxFlowModel,
     QwenImageFlowModel,
     Sampler,
