@@ -79,6 +79,7 @@ class Family:
     takes_negative_prompt: bool = False
     undistilled_model: str | None = None
     num_steps: int = 5
+    comfyui: bool = True  # whether ComfyUI knows an adapter by its names
     guidance_argument: str = "guidance_scale"
     call: dict[str, Any] = field(default_factory=dict)
     layout: Callable = lambda pipeline, latents: latents
