@@ -23,8 +23,12 @@ import string
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImagePipeline,
@@ -32,16 +36,23 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from tokenizers import AddedToken
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+from tokenizers import AddedToken, Tokenizer, decoders
+from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -78,6 +89,44 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[])
     tokenizer.add_tokens([AddedToken(token, special=True) for token in special])
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word in _QWEN_TEMPLATE])
+    return tokenizer
+
+
+def qwen3_tokenizer() -> Qwen2Tokenizer:
+    """That of [`qwen_tokenizer`] with the template of a chat, in which a reply may be asked for without thinking."""
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    )
+    return tokenizer
+
+
+def mistral_tokenizer() -> PreTrainedTokenizerFast:
+    """
+    A tokenizer with Mistral's template of a chat, that knows single bytes, and the system message of FLUX.2 as one token.
+
+    The published FLUX.2-dev has a `PixtralProcessor` around such a tokenizer, which needs torchvision, for images. For
+    text alone both answer the same.
+    """
+    special = ["<pad>", "<s>", "</s>", "<unk>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
+    vocab = {token: index for index, token in enumerate([*special, *sorted(ByteLevel.alphabet())])}
+    backend = Tokenizer(BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens=special[4:],
+    )
+    tokenizer.add_tokens([AddedToken(SYSTEM_MESSAGE, normalized=False)])
+    tokenizer.chat_template = (
+        "<s>{% for message in messages %}{% set name = {'system': 'SYSTEM_PROMPT', 'user': 'INST'}[message.role] %}"
+        "[{{ name }}]{{ message.content[0].text }}[/{{ name }}]{% endfor %}"
+    )
     return tokenizer
 
 
@@ -300,5 +349,119 @@ def tiny_qwen_image_pipeline(seed: int = 0) -> QwenImagePipeline:
         tokenizer=tokenizer,
         transformer=transformer,
     )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _flux2_parts(guidance_embeds: bool, joint_attention_dim: int) -> dict[str, torch.nn.Module]:
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=joint_attention_dim,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    vae.bn.running_mean.normal_(std=0.5)
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    return {
+        "transformer": transformer,
+        "vae": vae,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    }
+
+
+def _qwen3_config(tokenizer: Qwen2Tokenizer, num_hidden_layers: int) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        bos_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.pad_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def tiny_flux2_pipeline(guidance_embeds: bool = True, seed: int = 0) -> Flux2Pipeline:
+    """A FLUX.2 dev pipeline in small, float32, on the CPU. Its text encoder has as many layers as the pipeline reads.
+
+    Args:
+        guidance_embeds (`bool`, *optional*, defaults to `True`):
+            Whether the network takes the guidance, as the published one does.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights. The global generator is left as it was.
+    """
+    tokenizer = mistral_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = _flux2_parts(guidance_embeds, joint_attention_dim=48)
+        text_encoder = Mistral3ForConditionalGeneration(
+            Mistral3Config(
+                text_config={
+                    "model_type": "mistral",
+                    "vocab_size": len(tokenizer),
+                    "hidden_size": 16,
+                    "intermediate_size": 24,
+                    "num_hidden_layers": 30,
+                    "num_attention_heads": 2,
+                    "num_key_value_heads": 1,
+                    "head_dim": 8,
+                    "bos_token_id": tokenizer.bos_token_id,
+                    "eos_token_id": tokenizer.eos_token_id,
+                    "pad_token_id": tokenizer.pad_token_id,
+                },
+                vision_config={
+                    "model_type": "pixtral",
+                    "hidden_size": 16,
+                    "intermediate_size": 24,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "head_dim": 8,
+                    "image_size": 28,
+                    "patch_size": 14,
+                },
+            )
+        )
+    # As from_pretrained would return them: without dropout.
+    for module in (parts["transformer"], parts["vae"], text_encoder):
+        module.eval()
+    pipeline = Flux2Pipeline(text_encoder=text_encoder, tokenizer=tokenizer, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_flux2_klein_pipeline(is_distilled: bool = False, seed: int = 0) -> Flux2KleinPipeline:
+    """A FLUX.2 klein pipeline in small, float32, on the CPU. Its text encoder has as many layers as the pipeline reads.
+
+    Args:
+        is_distilled (`bool`, *optional*, defaults to `False`):
+            `False` for the likeness of FLUX.2-klein-base, `True` for that of FLUX.2-klein.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights. The global generator is left as it was.
+    """
+    tokenizer = qwen3_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = _flux2_parts(guidance_embeds=False, joint_attention_dim=48)
+        text_encoder = Qwen3ForCausalLM(_qwen3_config(tokenizer, num_hidden_layers=27))
+    # As from_pretrained would return them: without dropout.
+    for module in (parts["transformer"], parts["vae"], text_encoder):
+        module.eval()
+    pipeline = Flux2KleinPipeline(text_encoder=text_encoder, tokenizer=tokenizer, is_distilled=is_distilled, **parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

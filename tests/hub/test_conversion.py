@@ -16,19 +16,25 @@ import itertools
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, FluxPipeline
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_flux_pipeline, tiny_sd3_pipeline
+from tiny_models import tiny_flux2_klein_pipeline, tiny_flux_pipeline, tiny_qwen_image_pipeline, tiny_sd3_pipeline
 
 from trl_diffusion.cli.main import main
 from trl_diffusion.hub import save_adapter
 from trl_diffusion.hub.conversion import export_comfyui, find_adapter, load_adapter, merge_adapter
+from trl_diffusion.models import load_flow_model
 
 
-PIPELINES = {"flux": tiny_flux_pipeline, "sd3": tiny_sd3_pipeline}
-CLASSES = {"flux": FluxPipeline, "sd3": StableDiffusion3Pipeline}
+PIPELINES = {
+    "flux": tiny_flux_pipeline,
+    "sd3": tiny_sd3_pipeline,
+    "qwen-image": tiny_qwen_image_pipeline,
+    "flux2": tiny_flux2_klein_pipeline,
+}
 CONFIGS = {
     "alpha differs from r": {"r": 4, "lora_alpha": 12},
     "rslora": {"r": 4, "lora_alpha": 12, "use_rslora": True},
@@ -38,7 +44,7 @@ CONFIGS = {
 
 def draw(pipeline):
     return pipeline(
-        "a cat", height=32, width=32, num_inference_steps=3, generator=torch.Generator().manual_seed(1),
+        prompt="a cat", height=32, width=32, num_inference_steps=3, generator=torch.Generator().manual_seed(1),
         max_sequence_length=16, output_type="pt",
     ).images  # fmt: skip
 
@@ -48,19 +54,21 @@ def save_trained(folder, family="flux", **config):
     pipeline = PIPELINES[family](seed=0)
     pipeline.set_progress_bar_config(disable=True)
     config = {"r": 4, "lora_alpha": 12, **config}
-    model = get_peft_model(pipeline.transformer, LoraConfig(target_modules=["to_q", "to_k", "to_out.0"], **config))
+    config = {"target_modules": ["to_q", "to_k", "to_out.0"], **config}
+    model = get_peft_model(pipeline.transformer, LoraConfig(**config))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
-    save_adapter(model, CLASSES[family], folder)
+    save_adapter(model, type(pipeline), folder)
     return draw(pipeline), model
 
 
-@pytest.mark.parametrize("family", ["flux", "sd3"])
+@pytest.mark.parametrize("family", PIPELINES)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_merged_pipeline_draws_the_aligned_images(tmp_path, family, config):
-    aligned, _ = save_trained(tmp_path / "adapter", family, **config)
+    targets = load_flow_model(PIPELINES[family]()).lora_target_modules
+    aligned, _ = save_trained(tmp_path / "adapter", family, target_modules=targets, **config)
     pipeline = PIPELINES[family](seed=0)
     base = draw(pipeline)
     merge_adapter(pipeline, tmp_path / "adapter")
@@ -96,24 +104,60 @@ def test_comfyui_file_is_the_same_adapter_for_diffusers(tmp_path, config):
     torch.testing.assert_close(draw(pipeline), aligned, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("family", ["flux", "sd3"])
+@pytest.mark.parametrize("family", PIPELINES)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_comfyui_adds_the_trained_difference(tmp_path, family, config):
-    """ComfyUI adds alpha / r B A to each weight, r from the shape of A."""
-    _, model = save_trained(tmp_path, family, **config)
+    """ComfyUI adds alpha / r B A to each weight, r from the shape of A. Of its names diffusers knows whose they are."""
+    flow_model = load_flow_model(PIPELINES[family]())
+    _, model = save_trained(tmp_path, family, target_modules=flow_model.lora_target_modules, **config)
     export_comfyui(tmp_path, tmp_path / "lora.safetensors")
     tensors = load_file(tmp_path / "lora.safetensors")
     layers = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}
     assert set(tensors) == {
         f"{layer}.{part}" for layer in layers for part in ("lora_A.weight", "lora_B.weight", "alpha")
     }
-    modules = dict(model.base_model.model.named_modules())
+    matrices = {}
     for layer in layers:
-        module = modules[layer.removeprefix("transformer.")]
-        down, up = tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"]
-        difference = tensors[f"{layer}.alpha"] / down.shape[0] * up @ down
-        torch.testing.assert_close(difference, module.get_delta_weight("default"), rtol=1e-5, atol=1e-6)
-    assert len(layers) == sum(name.endswith(".lora_A.default") for name in modules)
+        down, up, alpha = (tensors[f"{layer}.{part}"] for part in ("lora_A.weight", "lora_B.weight", "alpha"))
+        matrices |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": alpha / down.shape[0] * up}
+    matrices = flow_model.pipeline.lora_state_dict(matrices)
+    adapted = {
+        name: module.get_delta_weight("default")
+        for name, module in model.base_model.model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    assert set(matrices) == {f"transformer.{name}.lora_{part}.weight" for name in adapted for part in "AB"}
+    for name, expected in adapted.items():
+        down, up = (matrices[f"transformer.{name}.lora_{part}.weight"] for part in "AB")
+        torch.testing.assert_close(up @ down, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_comfyui_knows_the_single_blocks_of_flux2_by_its_own_names(tmp_path):
+    save_trained(
+        tmp_path, "flux2", target_modules=["add_q_proj", "to_qkv_mlp_proj", "single_transformer_blocks.1.attn.to_out"]
+    )
+    export_comfyui(tmp_path, tmp_path / "lora.safetensors")
+    layers = {name.removesuffix(".alpha") for name in load_file(tmp_path / "lora.safetensors") if "alpha" in name}
+    assert layers == {
+        "transformer.transformer_blocks.0.attn.add_q_proj",
+        "diffusion_model.single_blocks.0.linear1",
+        "diffusion_model.single_blocks.1.linear1",
+        "diffusion_model.single_blocks.1.linear2",
+    }
+
+
+def test_networks_that_comfyui_does_not_know_are_refused_by_name(tmp_path):
+    save_trained(tmp_path)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    with safe_open(file, framework="pt") as content:
+        metadata = {
+            key: value.replace("FluxTransformer2DModel", "DiTTransformer2DModel")
+            for key, value in content.metadata().items()
+        }
+    save_file(load_file(file), file, metadata=metadata)
+    with pytest.raises(ValueError, match="a LoRA of a DiTTransformer2DModel, whose names .* Known: FluxTransformer2D"):
+        export_comfyui(tmp_path, tmp_path / "lora.safetensors")
+    assert not (tmp_path / "lora.safetensors").exists()
 
 
 def test_export_command_keeps_alpha(tmp_path, capsys):

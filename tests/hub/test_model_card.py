@@ -93,7 +93,7 @@ def test_card_of_a_lora_says_what_the_hub_needs():
         'pipe.load_lora_weights("alice/flux-chunk-grpo", weight_name="pytorch_lora_weights.safetensors")',
         'pipe.to("cuda")',
         "image = pipe(",
-        '    "a fox in the snow",',
+        '    prompt="a fox in the snow",',
         "    height=720,",
         "    guidance_scale=3.5,",
         ").images[0]",
@@ -179,7 +179,7 @@ def test_prompt_of_the_example_is_the_prompt():
     prompt = 'a `quoted` "fox" and it\'s\tsnow \u2603'
     card = build_model_card(model_name="x", pipeline_class="FluxPipeline", prompt=prompt)
     calls = [node for node in ast.walk(ast.parse(code_block(card))) if isinstance(node, ast.Call)]
-    strings = [arg.value for call in calls for arg in call.args if isinstance(arg, ast.Constant)]
+    strings = [keyword.value.value for call in calls for keyword in call.keywords if keyword.arg == "prompt"]
     assert prompt.replace("\t", " ") in strings
 
 
@@ -227,6 +227,17 @@ def test_the_examples_draw_what_the_trainer_draws(tmp_path):
 def test_the_hybrid_is_that_of_a_lora_trained_with_chunk_grpo():
     for more in ({"papers": ["srpo"]}, {"transformer_class": "FluxTransformer2DModel"}):
         assert "disable_lora" not in str(build_model_card(model_name="x", pipeline_class="FluxPipeline", **more))
+
+
+def test_the_distilled_model_and_the_one_that_it_is_distilled_from_are_both_named():
+    arguments = {"model_name": "x", "pipeline_class": "FluxPipeline"}
+    card = str(build_model_card(**arguments, base_model="alice/fast", undistilled_model="alice/slow"))
+    assert "https://huggingface.co/alice/fast" in card and "distilled from [alice/slow]" in card
+    card = str(build_model_card(**arguments, base_model="alice/slow", distilled_model="alice/fast"))
+    assert "tried on [alice/fast](https://huggingface.co/alice/fast), which is distilled from the base" in card
+    whole = build_model_card(**arguments, distilled_model="alice/fast", transformer_class="FluxTransformer2DModel")
+    assert "alice/fast" not in str(whole)  # there is no adapter
+    assert "distilled" not in str(build_model_card(**arguments))
 
 
 def test_escape_keeps_plain_text():

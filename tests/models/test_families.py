@@ -15,6 +15,7 @@
 """The definition of a supported family: the very latents and images of its own diffusers pipeline."""
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,9 +23,24 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import tiny_flux_pipeline, tiny_qwen_image_pipeline, tiny_sd3_pipeline
+from tiny_models import (
+    tiny_flux2_klein_pipeline,
+    tiny_flux2_pipeline,
+    tiny_flux_pipeline,
+    tiny_qwen_image_pipeline,
+    tiny_sd3_pipeline,
+)
 
-from trl_diffusion.models import FlowModel, FluxFlowModel, QwenImageFlowModel, SD3FlowModel, load_flow_model
+from trl_diffusion.models import (
+    FlowModel,
+    Flux2FlowModel,
+    Flux2KleinFlowModel,
+    FluxFlowModel,
+    QwenImageFlowModel,
+    Sampler,
+    SD3FlowModel,
+    load_flow_model,
+)
 from trl_diffusion.models.base import clamp_with_inward_gradient
 
 
@@ -35,6 +51,17 @@ NUM_STEPS = 5
 def packed(pipeline, latents):
     """Latents of the VAE as tokens of 2 x 2."""
     return pipeline._pack_latents(latents, *latents.shape[:2], *latents.shape[-2:])
+
+
+def flux2_packed(pipeline, latents):
+    return pipeline._pack_latents(latents)
+
+
+def flux2_decodable(pipeline, latents):
+    """As its VAE takes them: scaled by the statistics of its batch norm, in 2 x 2 pixels."""
+    norm = pipeline.vae.bn
+    scale = (norm.running_var + norm.eps).sqrt().view(1, -1, 1, 1)
+    return pipeline._unpatchify_latents(latents * scale + norm.running_mean.view(1, -1, 1, 1))
 
 
 @dataclass(frozen=True)
@@ -48,25 +75,57 @@ class Family:
     width: int
     arguments: dict[str, Any] = field(default_factory=dict)
     guided: bool = True  # whether guidance makes a difference
+    unguided_scale: float = 1.0
+    takes_negative_prompt: bool = False
+    undistilled_model: str | None = None
+    num_steps: int = 5
+    comfyui: bool = True  # whether ComfyUI knows an adapter by its names
     guidance_argument: str = "guidance_scale"
     call: dict[str, Any] = field(default_factory=dict)
     layout: Callable = lambda pipeline, latents: latents
-    time_unit: int = 1
+    answer_layout: Callable | None = None  # of the latents that the pipeline gives, where not that of those it takes
+    inputs: tuple[str, ...] = ("hidden_states", "timestep", "encoder_hidden_states")  # latents, time and text
+    time: Callable = lambda sigma: sigma
+    embeddings: Callable = lambda conditioning: conditioning  # as the pipeline's call takes them
     frames: bool = False  # whether the VAE takes and gives videos
     max_sequence_length: int = 16  # short, to be quick
 
 
 FLUX = {"build": tiny_flux_pipeline, "model_class": FluxFlowModel, "layout": packed}
 SCHNELL = {**FLUX, "arguments": {"guidance_embeds": False}, "guided": False}
-SD3 = {"build": tiny_sd3_pipeline, "model_class": SD3FlowModel, "time_unit": 1000}
+SD3 = {
+    "build": tiny_sd3_pipeline,
+    "model_class": SD3FlowModel,
+    "time": lambda sigma: 1000 * sigma,
+    "takes_negative_prompt": True,
+}
 QWEN_IMAGE = {
     "build": tiny_qwen_image_pipeline,
     "model_class": QwenImageFlowModel,
     "layout": packed,
     "guidance_argument": "true_cfg_scale",
     "call": {"negative_prompt": ""},
+    "takes_negative_prompt": True,
     "frames": True,
     "max_sequence_length": 64,  # prompts keep their different lengths
+}
+FLUX2 = {
+    "build": tiny_flux2_pipeline,
+    "model_class": Flux2FlowModel,
+    "answer_layout": flux2_packed,
+    "max_sequence_length": 64,
+}
+KLEIN = {
+    "build": tiny_flux2_klein_pipeline,
+    "model_class": Flux2KleinFlowModel,
+    "answer_layout": flux2_decodable,
+    "max_sequence_length": 64,
+}
+KLEIN_DISTILLED = {
+    **KLEIN,
+    "arguments": {"is_distilled": True},
+    "guided": False,
+    "undistilled_model": "black-forest-labs/FLUX.2-klein-base-9B",
 }
 
 FAMILIES = {
@@ -84,9 +143,16 @@ FAMILIES = {
     "qwen-image": Family(**QWEN_IMAGE, guidance_scale=1.0, height=16, width=16),
     "qwen-image-guided": Family(**QWEN_IMAGE, guidance_scale=4.0, height=16, width=24),
     "qwen-image-guided-high": Family(**QWEN_IMAGE, guidance_scale=4.0, height=24, width=16),
+    "flux2-dev": Family(**FLUX2, guidance_scale=4.0, height=16, width=24),
+    "flux2-dev-high": Family(**FLUX2, guidance_scale=2.5, height=24, width=16, num_steps=8),
+    "flux2-klein-base": Family(**KLEIN, guidance_scale=1.0, height=16, width=16),
+    "flux2-klein-base-guided": Family(**KLEIN, guidance_scale=4.0, height=16, width=24, num_steps=8),
+    "flux2-klein": Family(**KLEIN_DISTILLED, guidance_scale=1.0, height=24, width=16, num_steps=3),
 }
 # One row of each family, where the guidance and the size make no difference.
-ONE_OF_EACH = ["flux-dev", "flux-schnell", "sd3-guided", "qwen-image-guided"]
+ONE_OF_EACH = [
+    "flux-dev", "flux-schnell", "sd3-guided", "qwen-image-guided", "flux2-dev", "flux2-klein-base-guided", "flux2-klein",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -107,41 +173,50 @@ def one_of_each(function):
     return pytest.mark.parametrize("family", ONE_OF_EACH, indirect=True)(function)
 
 
-def run_pipeline(row, flow_model, output_type="latent", num_inference_steps=NUM_STEPS, guidance_scale=None, **source):
+def run_pipeline(row, flow_model, output_type="latent", num_inference_steps=None, guidance_scale=None, **source):
     """The pipeline's own latents (as tokens, where it packs them) or images."""
     if "latents" in source:
         source["latents"] = row.layout(flow_model.pipeline, source["latents"])
+    call = row.call
+    if "negative_prompt" in call:  # some pipelines want as many as prompts
+        call = {**call, "negative_prompt": [call["negative_prompt"]] * len(PROMPTS)}
     return flow_model.pipeline(
-        prompt=PROMPTS,
+        prompt=list(PROMPTS),  # some pipelines change the list
         height=row.height,
         width=row.width,
-        num_inference_steps=num_inference_steps,
+        num_inference_steps=row.num_steps if num_inference_steps is None else num_inference_steps,
         max_sequence_length=flow_model.max_sequence_length,
         output_type=output_type,
-        **{row.guidance_argument: row.guidance_scale if guidance_scale is None else guidance_scale, **row.call},
+        **{row.guidance_argument: row.guidance_scale if guidance_scale is None else guidance_scale, **call},
         **source,
     ).images
 
 
-def run_euler(flow_model, denoiser, latents, guidance_scale, height, width):
-    sigmas = flow_model.schedule(NUM_STEPS, height, width)
+def run_euler(flow_model, denoiser, latents, guidance_scale, height, width, num_steps=NUM_STEPS):
+    sigmas = flow_model.schedule(num_steps, height, width)
     conditioning = flow_model.encode_prompt(PROMPTS)
-    for i in range(NUM_STEPS):
+    for i in range(num_steps):
         velocity = flow_model.velocity(denoiser, latents, sigmas[i], conditioning, guidance_scale)
         latents = latents + (sigmas[i + 1] - sigmas[i]) * velocity
     return latents
 
 
 def network_inputs(flow_model, run):
-    """The tensors that the network is called with first."""
+    """The tensors that the network is called with first, and the lists of them."""
     calls = []
+    signature = inspect.signature(flow_model.denoiser.forward)
     handle = flow_model.denoiser.register_forward_pre_hook(
-        lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True
+        lambda module, args, kwargs: calls.append(signature.bind(*args, **kwargs).arguments), with_kwargs=True
     )
     with torch.no_grad():
         run()
     handle.remove()
-    return {name: value for name, value in calls[0].items() if isinstance(value, torch.Tensor)}
+    # Before a network changes its lists.
+    return {
+        name: list(value) if isinstance(value, list) else value
+        for name, value in calls[0].items()
+        if isinstance(value, torch.Tensor | list)
+    }
 
 
 @torch.no_grad()
@@ -150,14 +225,15 @@ def test_rollout_and_image_are_those_of_the_pipeline(family, row):
     flow_model.check_size(height, width)
     noise = flow_model.draw_noise(len(PROMPTS), height, width, torch.Generator().manual_seed(0))
     assert noise.shape == (len(PROMPTS), *flow_model.latent_shape(height, width))
-    latents = run_euler(flow_model, flow_model.denoiser, noise, guidance_scale, height, width)
+    latents = run_euler(flow_model, flow_model.denoiser, noise, guidance_scale, height, width, row.num_steps)
     images = flow_model.decode(latents)
 
     expected_latents = run_pipeline(row, flow_model, latents=noise)
     expected_images = run_pipeline(row, flow_model, "pt", latents=noise)
     assert latents.dtype == images.dtype == torch.float32
     assert images.shape == (len(PROMPTS), 3, height, width)
-    packed_noise, packed_latents = (row.layout(flow_model.pipeline, tensor) for tensor in (noise, latents))
+    layout = row.answer_layout or row.layout
+    packed_noise, packed_latents = (layout(flow_model.pipeline, tensor) for tensor in (noise, latents))
     assert (expected_latents - packed_noise).abs().max() > 0.1, (
         "the pipeline did nothing: the test would prove nothing"
     )
@@ -213,9 +289,9 @@ def test_the_network_gets_the_exact_sigma(family, row):
     conditioning = flow_model.encode_prompt(PROMPTS)
     seen = network_inputs(
         flow_model, lambda: flow_model.velocity(flow_model.denoiser, latents, sigma, conditioning, guidance_scale)
-    )["timestep"]
+    )[row.inputs[1]]
     assert seen.dtype == torch.float32
-    assert torch.equal(seen, (sigma * row.time_unit).expand(len(seen)))
+    assert torch.equal(seen, row.time(sigma).expand(len(seen)))
 
 
 @torch.no_grad()
@@ -225,9 +301,27 @@ def test_guidance_reaches_the_network_only_where_the_family_has_it(family, row):
     conditioning = flow_model.encode_prompt(PROMPTS)
     low, high = (
         flow_model.velocity(flow_model.denoiser, latents, torch.tensor(0.5), conditioning, guidance_scale)
-        for guidance_scale in (1.0, 5.0)
+        for guidance_scale in (row.unguided_scale, 5.0)
     )
     assert torch.equal(low, high) != row.guided
+
+
+@one_of_each
+def test_guidance_is_refused_where_there_is_none(family, row):
+    flow_model, guidance_scale, height, width = family
+    settings = {"num_inference_steps": 4, "height": height, "width": width}
+    assert Sampler.from_settings(flow_model, **settings).guidance_scale == flow_model.default_guidance_scale
+    if row.guided:
+        assert Sampler.from_settings(flow_model, guidance_scale=5.0, **settings).guidance_scale == 5.0
+        return
+    assert flow_model.default_guidance_scale == row.unguided_scale
+    with pytest.raises(ValueError, match=f"guidance_scale=5.0 does not fit this .* set it to {row.unguided_scale}"):
+        Sampler.from_settings(flow_model, guidance_scale=5.0, **settings)
+
+
+@one_of_each
+def test_a_distilled_model_names_the_one_to_train(family, row):
+    assert family[0].undistilled_model == row.undistilled_model
 
 
 @one_of_each
@@ -238,13 +332,20 @@ def test_the_network_gets_what_the_pipeline_gives_it(family, row):
     noise = flow_model.draw_noise(2, height, width)
     sigma = flow_model.schedule(NUM_STEPS, height, width)[0]
     actual = network_inputs(
-        flow_model, lambda: flow_model.velocity(flow_model.denoiser, noise, sigma, conditioning, 1.0)
+        flow_model,
+        lambda: flow_model.velocity(flow_model.denoiser, noise, sigma, conditioning, row.unguided_scale),
     )
-    expected = network_inputs(flow_model, lambda: run_pipeline(row, flow_model, latents=noise, guidance_scale=1.0))
-    assert actual.keys() == expected.keys() >= {"hidden_states", "timestep", "encoder_hidden_states"}
+    expected = network_inputs(
+        flow_model,
+        lambda: run_pipeline(
+            row, flow_model, num_inference_steps=NUM_STEPS, latents=noise, guidance_scale=row.unguided_scale
+        ),
+    )
+    assert actual.keys() == expected.keys() >= set(row.inputs)
     for name, tensor in expected.items():
-        torch.testing.assert_close(actual[name].float(), tensor.float(), rtol=0, atol=1e-5)
-    assert not torch.equal(*actual["encoder_hidden_states"])
+        torch.testing.assert_close(actual[name], tensor, rtol=0, atol=1e-5, check_dtype=False)
+    first, second = actual[row.inputs[2]]
+    assert first.shape != second.shape or not torch.equal(first, second)
     # Autocast must not reach the text encoders.
     with torch.autocast("cpu", torch.bfloat16):
         under_autocast = flow_model.encode_prompt(PROMPTS)
@@ -320,7 +421,7 @@ def test_adapter_wraps_every_attention_layer_and_trains(family):
     linear = {
         name
         for name, module in flow_model.denoiser.named_modules()
-        if isinstance(module, torch.nn.Linear) and {"attn", "attn2"} & set(name.split("."))
+        if isinstance(module, torch.nn.Linear) and {"attn", "attn2", "attention"} & set(name.split("."))
     }
     noise = flow_model.draw_noise(len(PROMPTS), height, width)
     with torch.no_grad():
@@ -395,9 +496,10 @@ def test_free_text_encoders(family, row):
     with pytest.raises(RuntimeError, match="freed"):
         flow_model.encode_prompt(PROMPTS)
     # What sample images need still works: the pipeline, from embeddings.
-    arguments = {name: tensor for name, tensor in conditioning.items() if guidance_scale > 1 or "neg" not in name}
+    guided = guidance_scale > row.unguided_scale
+    arguments = {name: tensor for name, tensor in conditioning.items() if guided or "neg" not in name}
     images = flow_model.pipeline(
-        **arguments,
+        **row.embeddings(arguments),
         **{row.guidance_argument: guidance_scale},
         height=height,
         width=width,
@@ -405,6 +507,15 @@ def test_free_text_encoders(family, row):
         output_type="pt",
     ).images
     assert images.shape == (2, 3, height, width)
+
+
+@one_of_each
+@torch.no_grad()
+@pytest.mark.parametrize("num_steps", [2, 9])
+def test_schedule_is_that_of_the_pipeline(family, row, num_steps):
+    flow_model, _, height, width = family
+    run_pipeline(row, flow_model, num_inference_steps=num_steps)
+    assert torch.equal(flow_model.pipeline.scheduler.sigmas, flow_model.schedule(num_steps, height, width))
 
 
 @one_of_each
@@ -422,21 +533,22 @@ def test_schedule_leaves_the_pipelines_scheduler_alone(family):
 @torch.no_grad()
 def test_negative_prompt_is_that_of_the_pipeline(family, row):
     flow_model, guidance_scale, height, width = family
-    if not flow_model.true_guidance:
+    if not row.takes_negative_prompt:
         pipeline_name = type(flow_model.pipeline).__name__
-        with pytest.raises(ValueError, match=f"negative_prompt='dull' has no effect with a {pipeline_name}"):
+        before = flow_model.negative_prompt
+        with pytest.raises(ValueError, match=f"negative_prompt='dull' has no effect with (a|this) {pipeline_name}"):
             flow_model.negative_prompt = "dull"
-        assert flow_model.negative_prompt is None
+        assert flow_model.negative_prompt == before
         return
     noise = flow_model.draw_noise(len(PROMPTS), height, width, torch.Generator().manual_seed(0))
-    arguments = (flow_model, flow_model.denoiser, noise, guidance_scale, height, width)
+    arguments = (flow_model, flow_model.denoiser, noise, guidance_scale, height, width, row.num_steps)
     without = run_euler(*arguments)
     flow_model.negative_prompt = "dull, longer than the longest of the prompts by far"
     latents = run_euler(*arguments)
     call = flow_model.guidance_arguments(guidance_scale)
     expected = run_pipeline(replace(row, call=call), flow_model, latents=noise)
     torch.testing.assert_close(row.layout(flow_model.pipeline, latents), expected, rtol=0, atol=1e-5)
-    assert torch.equal(without, latents) == (guidance_scale == 1)
+    assert torch.equal(without, latents) == (guidance_scale == row.unguided_scale)
 
 
 @torch.no_grad()

@@ -170,6 +170,9 @@ def save_adapter(
     check_lora_config(config)
     config.inference_mode = True
     config.base_model_name_or_path = base_model
+    plain = plain_network(peft_model.get_base_model())
+    # Tells other programs whose layers these are.
+    config.auto_mapping = {"base_model_class": type(plain).__name__, "parent_library": type(plain).__module__}
     if isinstance(config.target_modules, set):
         # A set has no order: the same adapter would be other bytes, and be uploaded again.
         config.target_modules = sorted(config.target_modules)
@@ -178,7 +181,6 @@ def save_adapter(
     lora_layers = get_peft_model_state_dict(
         peft_model, state_dict=state_dict, adapter_name=adapter_name, save_embedding_layers=False
     )
-    plain = plain_network(peft_model.get_base_model())
     check_names(
         [name.removeprefix("base_model.model.").partition(".lora_")[0] for name in lora_layers],
         {name for name, _ in plain.named_modules()},

@@ -18,6 +18,7 @@ import contextlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,17 @@ from .adapter import DIFFUSERS_WEIGHTS_NAME, PEFT_WEIGHTS_NAME
 
 PREFIX = "transformer."
 PEFT_PREFIX = "base_model.model."
+
+# Networks whose layers ComfyUI knows by diffusers' names.
+COMFYUI_NETWORKS = (
+    "FluxTransformer2DModel", "SD3Transformer2DModel", "QwenImageTransformer2DModel", "Flux2Transformer2DModel",
+)  # fmt: skip
+# Those that it knows by its own names only, or knows by diffusers' since lately: single blocks of FLUX.2,
+# https://github.com/Comfy-Org/ComfyUI/issues/11926.
+COMFYUI_NAMES = {
+    r"transformer\.single_transformer_blocks\.(\d+)\.attn\.to_qkv_mlp_proj": r"diffusion_model.single_blocks.\1.linear1",
+    r"transformer\.single_transformer_blocks\.(\d+)\.attn\.to_out": r"diffusion_model.single_blocks.\1.linear2",
+}
 
 
 def find_adapter(adapter: str | os.PathLike) -> Path:
@@ -196,10 +208,10 @@ def merge_adapter(pipeline: DiffusionPipeline, adapter: str | os.PathLike, scale
 
 def export_comfyui(adapter: str | os.PathLike, output: str | os.PathLike) -> None:
     """
-    Write a LoRA as ComfyUI reads it: diffusers' names, and the alpha of each layer beside its matrices.
+    Write a LoRA as ComfyUI reads it: names that it knows, and the alpha of each layer beside its matrices.
 
-    ComfyUI maps `transformer.{layer}.lora_A.weight`, `lora_B.weight` and `alpha` to its own names of FLUX.1 and
-    Stable Diffusion 3. It knows nothing of the metadata in which diffusers keeps alpha: with diffusers' own file it
+    ComfyUI maps `transformer.{layer}.lora_A.weight`, `lora_B.weight` and `alpha` to its own names of the networks in
+    `COMFYUI_NETWORKS`; layers in `COMFYUI_NAMES` are given its own. It knows nothing of the metadata in which diffusers keeps alpha: with diffusers' own file it
     takes alpha for r, so an adapter with another alpha would act with another strength.
 
     Args:
@@ -209,8 +221,8 @@ def export_comfyui(adapter: str | os.PathLike, output: str | os.PathLike) -> Non
             The .safetensors file to write.
 
     Raises:
-        `ValueError`: as [`find_adapter`]; the file holds something other than a LoRA of a transformer, or `output`
-        is no .safetensors file.
+        `ValueError`: as [`find_adapter`]; the file holds something other than a LoRA of a transformer, or says that it
+        is of a network that ComfyUI does not know by these names; or `output` is no .safetensors file.
     """
     output = Path(output)
     if output.suffix != ".safetensors":
@@ -218,6 +230,12 @@ def export_comfyui(adapter: str | os.PathLike, output: str | os.PathLike) -> Non
     tensors: dict[str, torch.Tensor] = {}
     with _opened(find_adapter(adapter)) as file:
         config = _lora_config(file.metadata() or {})
+        network = (config.get("auto_mapping") or {}).get("base_model_class")
+        if network is not None and network not in COMFYUI_NETWORKS:
+            raise ValueError(
+                f"{str(adapter)!r} is a LoRA of a {network}, whose names in ComfyUI are not known here. Known: "
+                f"{', '.join(COMFYUI_NETWORKS)}. Use it in diffusers, or merge it with its base model."
+            )
         for key in file.keys():  # noqa: SIM118, this is no dict
             if not key.startswith(PREFIX) or not key.endswith((".lora_A.weight", ".lora_B.weight")):
                 raise ValueError(
@@ -229,7 +247,13 @@ def export_comfyui(adapter: str | os.PathLike, output: str | os.PathLike) -> Non
         alpha = _alpha(config, layer.removeprefix(PREFIX), rank=tensors[key].shape[0])
         tensors[f"{layer}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
     output.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, output, metadata={"format": "pt"})
+    save_file({_comfyui_name(key): tensor for key, tensor in tensors.items()}, output, metadata={"format": "pt"})
+
+
+def _comfyui_name(key: str) -> str:
+    for layer, name in COMFYUI_NAMES.items():
+        key = re.sub(rf"^{layer}(?=\.(?:lora_[AB]|alpha))", name, key)
+    return key
 
 
 def _lora_config(metadata: dict[str, str]) -> dict[str, Any]:

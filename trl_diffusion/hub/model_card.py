@@ -193,7 +193,12 @@ def _usage(
 
 
 def _call(prompt: str, call_arguments: Mapping[str, Any], *more: str) -> list[str]:
-    arguments = [_literal(prompt), *(f"{name}={_literal(value)}" for name, value in call_arguments.items()), *more]
+    # By name: the first argument of some pipelines is an image.
+    arguments = [
+        f"prompt={_literal(prompt)}",
+        *(f"{name}={_literal(value)}" for name, value in call_arguments.items()),
+        *more,
+    ]
     return ["image = pipe(", *(f"    {argument}," for argument in arguments), ").images[0]"]
 
 
@@ -234,6 +239,8 @@ def build_model_card(
     license: Mapping[str, str] | None = None,
     transformer_class: str | None = None,
     fused_loras: Sequence[str] = (),
+    undistilled_model: str | None = None,
+    distilled_model: str | None = None,
     tags: Sequence[str] = (),
 ) -> ModelCard:
     """
@@ -282,6 +289,10 @@ def build_model_card(
             Name of the transformer's class if the whole transformer was trained; `None` for a LoRA.
         fused_loras (`Sequence[str]`, *optional*):
             Names of the adapters that were fused into the base model before the training.
+        undistilled_model (`str`, *optional*):
+            Hub id of the model that the base model is distilled from.
+        distilled_model (`str`, *optional*):
+            Hub id of the model that is distilled from the base model.
         tags (`Sequence[str]`, *optional*):
             More tags for the metadata.
 
@@ -368,6 +379,8 @@ def build_model_card(
             call_arguments=call_arguments or {},
             fused_loras=fused_loras,
         ),
+        undistilled_model=undistilled_model,
+        distilled_model=distilled_model if is_lora else None,
         hybrid=_hybrid(prompt, call_arguments or {}) if is_lora and "chunk_grpo" in papers else None,
         gallery=bool(samples),
         images={name.replace(" ", "%20"): escape(caption) for name, caption in (images or {}).items()},

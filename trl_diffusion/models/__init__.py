@@ -15,6 +15,7 @@
 from .base import FlowModel
 from .conditioning import Conditioning, open_prompt_store
 from .flux import FluxFlowModel
+from .flux2 import Flux2FlowModel, Flux2KleinFlowModel
 from .loading import FLOW_MODELS, load_flow_model, whole_weights
 from .qwen_image import QwenImageFlowModel
 from .sampler import Sampler
@@ -25,6 +26,8 @@ __all__ = [
     "FLOW_MODELS",
     "Conditioning",
     "FlowModel",
+    "Flux2FlowModel",
+    "Flux2KleinFlowModel",
     "FluxFlowModel",
     "QwenImageFlowModel",
     "SD3FlowModel",

@@ -106,14 +106,22 @@ class FlowModel(ABC):
         "to_add_out",
     ]
     """Names of the attention layers, for [`~peft.LoraConfig`]: those of diffusers' joint attention."""
-    true_guidance: ClassVar[bool] = False
+    true_guidance: bool = False
     """Whether guidance is a second forward with a negative prompt, and not a number that the network takes."""
+    has_guidance: bool = True
+    """Whether there is guidance at all: a network may be distilled to do without."""
+    unguided_scale: ClassVar[float] = 1.0
+    """Guidance scale of the family's pipeline at which there is none."""
+    undistilled_model: str | None = None
+    """Hub id of the model that this one is distilled from, which is the one to train."""
+    distilled_model: str | None = None
+    """Hub id of the model that is distilled from this one, on which its adapters run too."""
     variable_length: ClassVar[tuple[str, ...]] = ()
     """Entries of a prompt's conditioning whose first dimension is the prompt's length: padded, with a mask."""
     patch_size: int = 2
     """Latent pixels along the side of one token."""
     default_guidance_scale: float
-    """Guidance of the family's pipeline where the user gives none; 1 is no guidance."""
+    """Guidance of the family's pipeline where the user gives none."""
     max_sequence_length: int
 
     def __init__(self, pipeline: DiffusionPipeline):
@@ -160,6 +168,11 @@ class FlowModel(ABC):
     @negative_prompt.setter
     def negative_prompt(self, negative_prompt: str) -> None:
         self.check_negative_prompt(negative_prompt)
+        if not self.has_guidance:
+            raise ValueError(
+                f"negative_prompt={negative_prompt!r} has no effect with this {self.pipeline_class.__name__}, which is "
+                "distilled to do without guidance. Leave negative_prompt unset."
+            )
         self._negative_prompt = negative_prompt
 
     @classmethod
@@ -170,6 +183,21 @@ class FlowModel(ABC):
                 f"negative_prompt={negative_prompt!r} has no effect with a {cls.pipeline_class.__name__}, whose guidance "
                 "is embedded in the network. Leave negative_prompt unset."
             )
+
+    def check_guidance_scale(self, guidance_scale: float) -> None:
+        """Raise a `ValueError` if there is guidance with a network that has none."""
+        if guidance_scale > self.unguided_scale and not self.has_guidance:
+            raise ValueError(
+                f"guidance_scale={guidance_scale} does not fit this {self.pipeline_class.__name__}, which is distilled to "
+                f"do without guidance. Leave guidance_scale unset, or set it to {self.unguided_scale}."
+            )
+
+    def set_distilled(self, undistilled_model: str) -> None:
+        """Say that the network was distilled, from the model of this Hub id, to do without true guidance."""
+        self.undistilled_model = undistilled_model
+        self.has_guidance = self.true_guidance = False
+        self.default_guidance_scale = self.unguided_scale
+        self._negative_prompt = None
 
     @property
     def denoiser(self) -> torch.nn.Module:
@@ -505,7 +533,7 @@ class FlowModel(ABC):
 
     def is_guided(self, guidance_scale: float) -> bool:
         """Whether this guidance takes a second forward, with the negative prompt."""
-        return self.true_guidance and guidance_scale > 1
+        return self.true_guidance and guidance_scale > self.unguided_scale
 
     def guidance_arguments(self, guidance_scale: float) -> dict[str, Any]:
         """What the pipeline's own call is told for this guidance."""
@@ -527,6 +555,14 @@ class FlowModel(ABC):
         """
         return self.vae.config.shift_factor, self.vae.config.scaling_factor
 
+    def patchify(self, z: torch.Tensor) -> torch.Tensor:
+        """What the VAE encodes, `(B, C, h, w)`, in the layout of latents."""
+        return z
+
+    def unpatchify(self, z: torch.Tensor) -> torch.Tensor:
+        """The inverse of [`patchify`]."""
+        return z
+
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """
         Images of clean latents, differentiable (where the clamp is not active). Their size follows from the latents'.
@@ -539,7 +575,7 @@ class FlowModel(ABC):
             `torch.Tensor` of shape `(B, 3, H, W)`: in [0, 1], in the dtype of the latents.
         """
         shift, scale = self.latent_statistics(latents)
-        z = latents / scale + shift
+        z = self.unpatchify(latents / scale + shift)
         images = self.vae.decode(z.to(device=self.vae.device, dtype=self.vae.dtype), return_dict=False)[0]
         if images.ndim == 5:  # a VAE of videos, with one frame
             images = images.squeeze(2)
@@ -567,7 +603,7 @@ class FlowModel(ABC):
         images = (images * 2 - 1).to(device=self.vae.device, dtype=self.vae.dtype)
         posterior = self.vae.encode(images).latent_dist
         latents = posterior.mode() if generator is None else posterior.sample(generator)
-        latents = latents.float()
+        latents = self.patchify(latents.float())
         shift, scale = self.latent_statistics(latents)
         return (latents - shift) * scale
 

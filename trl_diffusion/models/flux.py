@@ -34,7 +34,8 @@ class FluxFlowModel(FlowModel):
 
     def __init__(self, pipeline: FluxPipeline):
         super().__init__(pipeline)
-        self.default_guidance_scale = 3.5 if self.transformer_config.guidance_embeds else 1.0
+        self.has_guidance = self.transformer_config.guidance_embeds
+        self.default_guidance_scale = 3.5 if self.has_guidance else 1.0
         tokenizer = pipeline.tokenizer_2
         self.max_sequence_length = 512 if tokenizer is None else min(512, tokenizer.model_max_length)
         self._image_ids: dict[tuple[int, int, torch.device], torch.Tensor] = {}

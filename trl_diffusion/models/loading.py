@@ -29,6 +29,7 @@ from .. import shapes
 from ..paths import check_exists, not_found
 from .base import FlowModel, check_multiple
 from .flux import FluxFlowModel
+from .flux2 import Flux2FlowModel, Flux2KleinFlowModel
 from .passed import make_plain
 from .qwen_image import QwenImageFlowModel
 from .sd3 import SD3FlowModel
@@ -36,7 +37,13 @@ from .sd3 import SD3FlowModel
 
 FLOW_MODELS: dict[str, type[FlowModel]] = {
     model_class.pipeline_class.__name__: model_class
-    for model_class in (FluxFlowModel, SD3FlowModel, QwenImageFlowModel)
+    for model_class in (
+        FluxFlowModel,
+        SD3FlowModel,
+        QwenImageFlowModel,
+        Flux2FlowModel,
+        Flux2KleinFlowModel,
+    )
 }
 """The supported families: pipeline class name to [`FlowModel`]."""
 

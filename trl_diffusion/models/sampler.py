@@ -59,7 +59,7 @@ class Sampler:
             without the adapter.
 
     Raises:
-        `ValueError`: a size that the model does not have, or no batch.
+        `ValueError`: a size or a guidance that the model does not have, or no batch.
     """
 
     flow_model: FlowModel
@@ -74,6 +74,7 @@ class Sampler:
 
     def __post_init__(self):
         self.flow_model.check_size(*self.size)
+        self.flow_model.check_guidance_scale(self.guidance_scale)
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
 

@@ -52,6 +52,8 @@ def card_facts(trainer: "DiffusionTrainer") -> dict[str, Any]:
         "settings": settings | {"num_processes": trainer.accelerator.num_processes},
         "prompt": trainer.first_prompts(1)[0],
         "fused_loras": sorted(trainer.flow.pipeline.fused_loras),
+        "undistilled_model": trainer.flow.undistilled_model,
+        "distilled_model": trainer.flow.distilled_model,
         "transformer_class": None if trainer.has_adapter else type(trainer.flow.denoiser).__name__,
         "call_arguments": {
             "height": trainer.height,

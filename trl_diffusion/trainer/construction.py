@@ -53,6 +53,11 @@ def load_model(args: DiffusionConfig, model: str | DiffusionPipeline, full_fine_
             f"The pipeline has {fused_loras} fused into its weights. What is trained goes on top of that, and the model "
             "card says so: whoever loads the new LoRA loads and fuses them first."
         )
+    if flow.undistilled_model is not None:
+        logger.warning(
+            "The pipeline is distilled, to draw in few steps without guidance, and a training can undo that. Better train "
+            f"{flow.undistilled_model}, which it is distilled from, and run the adapter on the distilled model."
+        )
     return flow
 
 

@@ -1,0 +1,206 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Every family of the table of `tests/models/test_families.py` from a folder through both trainers and the commands."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from trl_diffusion import ChunkGRPOConfig, ChunkGRPOTrainer, SRPOConfig, SRPOTrainer
+from trl_diffusion.cli.main import main
+from trl_diffusion.models import Sampler, load_flow_model
+from trl_diffusion.rewards import RewardModel
+
+from ..models.test_families import FAMILIES, ONE_OF_EACH, Family
+
+
+PROMPTS = ["a cat", "a dog on a hill in the rain"]
+NUM_STEPS = 4
+REWARD = """
+def brightness(images, prompts, **columns):
+    return [sum(image.resize((1, 1)).getpixel((0, 0))) / 255 for image in images]
+"""
+
+
+class Brightness(RewardModel):
+    name = "brightness"
+
+    def score(self, images, prompts):
+        return images.mean(dim=(1, 2, 3))
+
+
+@dataclass
+class Run:
+    """A family, its saved base model, and a trainer that has trained an adapter of it."""
+
+    row: Family
+    base: Path
+    trainer: ChunkGRPOTrainer
+    weights_before: dict[str, torch.Tensor]
+
+    @property
+    def folder(self):
+        return Path(self.trainer.args.output_dir)
+
+    def command(self, name, *arguments):
+        arguments = ["--model_name_or_path", str(self.base), *map(str, arguments)]
+        if name in ("generate", "evaluate"):
+            arguments += ["--height", str(self.row.height), "--width", str(self.row.width)]
+            arguments += ["--num_inference_steps", str(NUM_STEPS), "--guidance_scale", str(self.row.guidance_scale)]
+        assert main([name, *arguments]) == 0
+
+
+def settings(row, folder):
+    return {
+        "output_dir": str(folder),
+        "height": row.height,
+        "width": row.width,
+        "num_inference_steps": NUM_STEPS,
+        "guidance_scale": row.guidance_scale,
+        "sigma_shift": None,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 5e-2,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "log_samples": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+
+
+def weights(trainer):
+    """Copies of all weights of a trainer's pipeline and of its adapter, by name."""
+    modules = {"network": trainer.network, "vae": trainer.flow.vae}
+    return {
+        f"{part}.{name}": tensor.clone()
+        for part, module in modules.items()
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def assert_only_the_adapter_changed(trainer, before):
+    after = weights(trainer)
+    assert before.keys() == after.keys()
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    trained = {f"network.{name}" for name, parameter in trainer.network.named_parameters() if parameter.requires_grad}
+    assert all(".lora_" in name for name in trained) and changed <= trained
+    # The first matrix of an adapter gets no gradient while the second is zero.
+    assert {name for name in trained if ".lora_B." in name} <= changed
+
+
+@pytest.fixture(scope="module", params=ONE_OF_EACH)
+def run(request, tmp_path_factory):
+    row = FAMILIES[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    row.build(**row.arguments).save_pretrained(folder / "base")
+    config = ChunkGRPOConfig(**settings(row, folder / "run"), max_steps=2, num_generations=2, chunk_sizes=[1, 2])
+    dataset = Dataset.from_dict({"prompt": PROMPTS})
+    trainer = ChunkGRPOTrainer(str(folder / "base"), Brightness(), config, dataset)
+    before = weights(trainer)
+    trainer.train()
+    trainer.save_model()
+    return Run(row, folder / "base", trainer, before)
+
+
+def test_a_training_is_on_policy_and_changes_the_adapter_alone(run):
+    assert_only_the_adapter_changed(run.trainer, run.weights_before)
+    logs = [log for log in run.trainer.state.log_history if "ratio/mean" in log]
+    assert len(logs) == 2
+    for log in logs:
+        assert log["ratio/mean"] == 1.0 and log["log_ratio/abs_max"] == 0.0 and log["rollout_logp_gap"] < 1e-5
+
+
+def test_srpo_changes_the_adapter_alone(run, tmp_path):
+    config = SRPOConfig(**settings(run.row, tmp_path), max_steps=1, sigma_range=[0.5, 0.95])
+    trainer = SRPOTrainer(str(run.base), Brightness(), config, Dataset.from_dict({"prompt": PROMPTS}))
+    before = weights(trainer)
+    trainer.train()
+    assert_only_the_adapter_changed(trainer, before)
+
+
+def test_the_example_of_the_card_draws_what_the_trainer_draws(run):
+    """`load_lora_weights` of the family's own pipeline, and its own call."""
+    card = (run.folder / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    for old, new in {
+        "path/to/the/base/model": str(run.base),
+        "path/to/this/folder": str(run.folder),
+        "torch.bfloat16": "torch.float32",
+        'pipe.to("cuda")\n': "",
+        ").images": '    generator=torch.Generator().manual_seed(7),\n    output_type="pt",\n).images',
+    }.items():
+        assert code.count(old) == 1, old
+        code = code.replace(old, new)
+    names = {}
+    exec(code, names)
+    assert type(names["pipe"]) is run.row.model_class.pipeline_class
+    aligned, base = (run.trainer.generate(PROMPTS[:1], [7], fraction)[0] for fraction in (1.0, 0.0))
+    assert (aligned - base).abs().max() > 1e-3
+    torch.testing.assert_close(names["image"], aligned, rtol=0, atol=1e-5)
+    for model in (run.row.undistilled_model, load_flow_model(run.base).distilled_model):
+        assert model is None or f"https://huggingface.co/{model}" in card
+
+
+def test_merged_it_draws_the_same(run, tmp_path):
+    run.command("merge", "--adapter", run.folder, "--output_dir", tmp_path)
+    sampler = Sampler.from_settings(
+        load_flow_model(tmp_path), NUM_STEPS, run.row.height, run.row.width, run.row.guidance_scale
+    )
+    (image,) = sampler.draw_images(PROMPTS[:1], [7])
+    torch.testing.assert_close(image, run.trainer.generate(PROMPTS[:1], [7]), rtol=0, atol=2e-5)
+
+
+def test_generate_and_evaluate(run, tmp_path, monkeypatch):
+    run.command("generate", "--adapter", run.folder, "--prompt", *PROMPTS, "--output_dir", tmp_path / "images")
+    for index, image in enumerate(run.trainer.generate(PROMPTS, [0, 1])):
+        drawn = np.asarray(Image.open(tmp_path / "images" / f"{index:05d}.png"), dtype=float) / 255
+        assert np.abs(drawn - image.permute(1, 2, 0).numpy()).max() < 0.6 / 255
+    (tmp_path / "my_reward.py").write_text(REWARD)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    run.command(
+        "evaluate", "--adapter", run.folder, "--prompts", tmp_path / "prompts.txt", "--output_dir", tmp_path / "report",
+        "--rewards", "my_reward.brightness",
+    )  # fmt: skip
+    (scores,) = json.loads((tmp_path / "report" / "results.json").read_text())["rewards"].values()
+    means = [score["mean"] for score in scores.values()]
+    assert len(means) == 2 and means[0] != means[1]
+
+
+def test_export(run, tmp_path, capsys):
+    output = tmp_path / "lora.safetensors"
+    arguments = ["export", "--adapter", str(run.folder), "--output", str(output)]
+    if run.row.comfyui:
+        assert main(arguments) == 0 and output.is_file()
+        return
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert type(run.trainer.flow.denoiser).__name__ in capsys.readouterr().err and not output.exists()
+
+
+def test_training_a_distilled_model_warns(run, tmp_path, caplog):
+    config = SRPOConfig(**settings(run.row, tmp_path), max_steps=1)
+    diffusers.utils.logging.enable_propagation()
+    SRPOTrainer(str(run.base), Brightness(), config, Dataset.from_dict({"prompt": PROMPTS}))
+    warned = f"Better train {run.row.undistilled_model}, which it is distilled from" in caplog.text
+    assert warned == (run.row.undistilled_model is not None)
