@@ -17,6 +17,7 @@ import torch
 
 from trl_diffusion.flow import (
     Trajectory,
+    common_velocities,
     log_prob,
     relative_change,
     rollout,
@@ -96,6 +97,18 @@ def test_only_the_states_of_kept_transitions_are_kept(keep, states):
     for i in states:
         assert torch.equal(trajectory.states[i], everything.states[i])
     assert torch.equal(trajectory.clean, everything.clean)
+
+
+@pytest.mark.parametrize(("stochastic", "count"), [(None, 1), ([3, 4], 4), ([STEPS - 1], STEPS), ([], STEPS)])
+def test_velocities_in_common_are_those_of_an_euler_path_to_the_first_noise(stochastic, count):
+    sigmas = shifted_schedule(STEPS)
+    noise = torch.randn(SHAPE, dtype=torch.float64)
+    table = transition_coefficients(sigmas, "flow", stochastic=stochastic)
+    velocities = common_velocities(velocity, noise, sigmas, table)
+    euler = rollout(velocity, noise, sigmas, transition_coefficients(sigmas, None), keep=range(STEPS))
+    assert len(velocities) == count
+    for i, ours in enumerate(velocities):
+        assert torch.equal(ours, velocity(euler.states[i], sigmas[i].expand(len(noise)), i))
 
 
 def test_forgetting_states_afterwards_equals_not_keeping_them():

@@ -114,6 +114,39 @@ def test_stochastic_rollout_is_the_algorithm_by_hand(sampler, sde_type):
         torch.testing.assert_close(trajectory.states[i + 1], following, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("stochastic", [None, [2], []], ids=["all", "trained", "none"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_group_has_in_common_is_computed_once(family, stochastic):
+    """Against one trajectory a row, in float64; and the rows that went through the network, by hand."""
+    build, arguments = FAMILIES[family]
+    sampler = make_sampler(build(), arguments.get("negative_prompt"))
+    sampler.flow_model.denoiser.double()
+    sampler.flow_model.dtype = torch.float64
+    table = transition_coefficients(sampler.sigmas, "flow", stochastic=stochastic)
+    groups = [7, 3, 3, 3, 7, 9]
+    prompts = [PROMPTS[{7: 0, 3: 1, 9: 1}[group]] for group in groups]
+    noise = sampler.draw_noise([torch.Generator().manual_seed(group) for group in groups]).double()
+
+    def drawn(batch_size, **common):
+        sized = replace(sampler, batch_size=batch_size)
+        generators = [torch.Generator().manual_seed(100 + row) for row in range(6)]
+        return sized.rollout(prompts, noise, None, table, generators, range(NUM_STEPS), **common), sized.forwards
+
+    plain, forwards = drawn(4)
+    rows_of_an_image = 1 if family == "flux" else 2  # with the negative prompt
+    assert forwards == 6 * NUM_STEPS * rows_of_an_image
+    in_common = {None: 1, (2,): 3, (): NUM_STEPS}[stochastic if stochastic is None else tuple(stochastic)]
+    for batch_size, num_groups in ((1, 0), (4, 0), (6, 5)):
+        trajectory, forwards = drawn(batch_size, groups=groups, num_groups=num_groups)
+        distinct = max(3, num_groups)
+        assert forwards == (distinct * in_common + 6 * (NUM_STEPS - in_common)) * rows_of_an_image
+        for i in range(NUM_STEPS + 1):
+            torch.testing.assert_close(trajectory.states[i], plain.states[i], rtol=0, atol=1e-12)
+        torch.testing.assert_close(trajectory.clean, plain.clean, rtol=0, atol=1e-12)
+        torch.testing.assert_close(trajectory.log_probs, plain.log_probs, rtol=0, atol=1e-12, equal_nan=True)
+        torch.testing.assert_close(trajectory.relative_changes, plain.relative_changes, rtol=0, atol=1e-12)
+
+
 def test_adapter_is_on_for_a_share_of_the_steps(sampler):
     network = get_peft_model(sampler.flow_model.denoiser, LoraConfig(r=2, target_modules=["to_q"]))
     for name, parameter in network.named_parameters():
@@ -171,6 +204,7 @@ def test_bad_input(sampler):
         (lambda: list(sampler.draw_images(PROMPTS, [1, 2])), "2 seeds for 3 prompts"),
         (lambda: sampler.rollout(PROMPTS, noise[:2]), "noise of 2 rows for 3 prompts"),
         (lambda: sampler.rollout(PROMPTS, noise, generators=[torch.Generator()]), "generators of 1 rows for 3"),
+        (lambda: sampler.rollout(PROMPTS, noise, groups=[0, 0]), "groups of 2 rows for 3"),
         (lambda: sampler.rollout(PROMPTS, noise, adapter_fraction=-0.1), r"must lie in \[0, 1\], got -0.1"),
         (lambda: sampler.rollout(PROMPTS, noise, adapter_fraction=0.5), "0.5 needs an adapter to switch off"),
         (

@@ -114,3 +114,17 @@ def gradients(trainer, micro_batch):
     for term in trainer.loss_terms(trainer.model, micro_batch):
         term().backward()
     return torch.cat([p.grad.flatten().double() for p in trainer.model.parameters() if p.requires_grad])
+
+
+def off_policy_in_float64(trainer):
+    """A micro-batch in float64 whose old policy is known, and the policy moved on."""
+    perturb(trainer)
+    batch = generation(trainer)[0]
+    trainer.model.double()
+    trainer.flow.dtype = torch.float64
+    trainer._transitions_on_device = trainer.transitions
+    batch.states = {i: latents.double() for i, latents in batch.states.items()}
+    batch.advantages, batch.log_probs = batch.advantages.double(), batch.log_probs.double()
+    trainer._add_old_policy(trainer.model, batch)
+    perturb(trainer, seed=1)
+    return batch

@@ -19,7 +19,7 @@ import torch
 
 from trl_diffusion.flow import shifted_schedule, transition_coefficients
 
-from .conftest import generation, gradients, perturb, trainable
+from .conftest import generation, gradients, off_policy_in_float64, perturb, trainable
 
 
 WINDOW = {"chunk_sizes": None, "train_window": 2}
@@ -28,20 +28,6 @@ WINDOW = {"chunk_sizes": None, "train_window": 2}
 def assert_same_gradient(actual, expected):
     assert expected.norm() > 0
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
-
-
-def off_policy_in_float64(trainer):
-    """A micro-batch in float64 whose old policy is known, and the policy moved on."""
-    perturb(trainer)
-    batch = generation(trainer)[0]
-    trainer.model.double()
-    trainer.flow.dtype = torch.float64
-    trainer._transitions_on_device = trainer.transitions
-    batch.states = {i: latents.double() for i, latents in batch.states.items()}
-    batch.advantages, batch.log_probs = batch.advantages.double(), batch.log_probs.double()
-    trainer._add_old_policy(trainer.model, batch)
-    perturb(trainer, seed=1)
-    return batch
 
 
 def backward(trainer, loss):

@@ -222,6 +222,7 @@ class TestRefused:
             ({"sigma_shift": 1.0}, "sigma_shift was 3.0 and is 1.0"),
             ({"stochastic_steps": "trained"}, "stochastic_steps was 'all' and is 'trained'"),
             ({"trust_region": "kl"}, "trust_region was 'clip' and is 'kl'"),
+            ({"shared_noise": "none"}, "shared_noise was 'group' and is 'none'"),
             ({"train_window": 2, "chunk_sizes": None}, "train_window was None and is 2"),
         ],
     )

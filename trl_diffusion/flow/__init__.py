@@ -24,7 +24,7 @@ from .chunks import (
     train_window_offset,
 )
 from .direct_align import direct_align_pass, interpolate, recover
-from .rollout import Trajectory, rollout
+from .rollout import Trajectory, common_velocities, rollout
 from .schedule import shifted_schedule
 from .sde import DEFAULT_ETA, TransitionCoefficients, log_prob, step, transition_coefficients, transition_mean
 
@@ -34,6 +34,7 @@ __all__ = [
     "Trajectory",
     "TransitionCoefficients",
     "chunk_steps",
+    "common_velocities",
     "direct_align_pass",
     "draw_chunks",
     "equal_chunk_sizes",

@@ -61,6 +61,42 @@ class Trajectory:
 
 
 @torch.no_grad()
+def common_velocities(
+    velocity: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
+    noise: torch.Tensor,
+    sigmas: torch.Tensor,
+    coefficients: TransitionCoefficients,
+) -> list[torch.Tensor]:
+    """
+    The velocities that all trajectories from the same noise have in common: those of the transitions up to the first
+    stochastic one, and its own, whose input is still the same.
+
+    Args:
+        velocity (`Callable`):
+            See [`rollout`].
+        noise (`torch.Tensor` of shape `(B, ...)`):
+            Distinct initial latents.
+        sigmas (`torch.Tensor` of shape `(T + 1,)`):
+            Schedule.
+        coefficients ([`~trl_diffusion.flow.sde.TransitionCoefficients`]):
+            The schedule's transitions.
+
+    Returns:
+        `list[torch.Tensor]`: of transition 0, 1, ..., `(B, ...)` each; of all T where none is stochastic.
+    """
+    stochastic = (coefficients.std > 0).tolist()
+    count = stochastic.index(True) + 1 if any(stochastic) else len(stochastic)
+    sigmas = sigmas.to(noise)
+    coefficients = coefficients.to(noise.device, noise.dtype)
+    steps = torch.arange(count, device=noise.device)
+    latents, velocities = noise, []
+    for i in range(count):
+        velocities.append(velocity(latents, sigmas[i].expand(len(noise)), i))
+        latents, _ = step(latents, velocities[i], coefficients.rows(steps[i : i + 1], latents.ndim), None)
+    return velocities
+
+
+@torch.no_grad()
 def rollout(
     velocity: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
     noise: torch.Tensor,

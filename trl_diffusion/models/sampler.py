@@ -16,7 +16,7 @@
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -58,6 +58,9 @@ class Sampler:
             Gives the context in which the network is the base model. Without it, no part of the steps can be drawn
             without the adapter.
 
+    Attributes:
+        forwards (`int`): rows that [`velocity`] has put through the network, with guidance two an image.
+
     Raises:
         `ValueError`: a size or a guidance that the model does not have, or no batch.
     """
@@ -71,6 +74,7 @@ class Sampler:
     generator_device: torch.device | str = "cpu"
     forward_context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     adapter_off: Callable[[], contextlib.AbstractContextManager] | None = None
+    forwards: int = field(default=0, init=False)
 
     def __post_init__(self):
         self.flow_model.check_size(*self.size)
@@ -148,6 +152,7 @@ class Sampler:
         Returns:
             `torch.Tensor` of the shape and dtype of `latents`, differentiable.
         """
+        self.forwards += len(latents) * (2 if self.flow_model.is_guided(self.guidance_scale) else 1)
         with self.forward_context():
             return self.flow_model.velocity(network, latents, sigma, conditioning, self.guidance_scale)
 
@@ -166,9 +171,14 @@ class Sampler:
         keep: Collection[int] = (),
         adapter_fraction: float = 1.0,
         ahead: Iterable[str] | None = None,
+        groups: Sequence[int] | None = None,
+        num_groups: int = 0,
     ) -> flow.Trajectory:
         """
         Sample from initial noise to clean latents, `batch_size` rows at a time, without gradient.
+
+        Rows of a group are one trajectory until their noise differs, so all forwards up to and including that of the first
+        stochastic transition are computed once a group.
 
         Args:
             prompts (`list[str]` of length B):
@@ -188,15 +198,20 @@ class Sampler:
                 `adapter_off()`.
             ahead (`Iterable[str]`, *optional*):
                 What [`Conditioning.get`] is told of the prompts to come.
+            groups (`Sequence[int]` of length B, *optional*):
+                A number for each row, the same for those that have the same prompt and the same noise.
+            num_groups (`int`, *optional*, defaults to `0`):
+                Compute as if there were at least so many groups: where the network is sharded, all processes must call it
+                equally often.
 
         Returns:
             [`~trl_diffusion.flow.Trajectory`] of the B rows.
 
         Raises:
-            `ValueError`: an `adapter_fraction` outside [0, 1], or below 1 without an adapter to switch off; noise or
-                generators for another number of rows; stochastic transitions without generators.
+            `ValueError`: an `adapter_fraction` outside [0, 1], or below 1 without an adapter to switch off; noise,
+                generators or groups for another number of rows; stochastic transitions without generators.
         """
-        for name, values in (("noise", noise), ("generators", generators)):
+        for name, values in (("noise", noise), ("generators", generators), ("groups", groups)):
             if values is not None and len(values) != len(prompts):
                 raise ValueError(
                     f"Got {name} of {len(values)} rows for {len(prompts)} prompts: give one row a prompt."
@@ -216,6 +231,28 @@ class Sampler:
             with contextlib.nullcontext() if step < first_without else self.adapter_off():
                 return self.velocity(network, latents, sigma, conditioning)
 
+        common, place = [], None
+        if groups is not None:
+            first_rows: dict[int, int] = {}
+            for row, group in enumerate(groups):
+                first_rows.setdefault(group, row)
+            rows = list(first_rows.values())
+            rows += rows[:1] * (num_groups - len(rows))
+            parts = []
+            for start in range(0, len(rows), self.batch_size):
+                part = rows[start : start + self.batch_size]
+                conditioning = self.conditioning.get([prompts[row] for row in part], ahead)
+                velocity_of_rows = partial(velocity, conditioning=conditioning)
+                parts.append(flow.common_velocities(velocity_of_rows, noise[part], self.sigmas, transitions))
+            common = [torch.cat(velocities) for velocities in zip(*parts, strict=True)]
+            places = {group: place for place, group in enumerate(first_rows)}
+            place = torch.tensor([places[group] for group in groups], device=noise.device)
+
+        def velocity_or_common(latents, sigma, step, rows, conditioning):
+            if step < len(common):
+                return common[step][place[rows]]
+            return velocity(latents, sigma, step, conditioning)
+
         trajectories = []
         for start in range(0, len(prompts), self.batch_size):
             rows = slice(start, start + self.batch_size)
@@ -224,7 +261,7 @@ class Sampler:
                 like = {"device": initial.device, "dtype": initial.dtype}
                 draw_noise = partial(randn_tensor, tuple(initial.shape), generators[rows], **like)
             conditioning = self.conditioning.get(prompts[rows], ahead)
-            velocity_of_rows = partial(velocity, conditioning=conditioning)
+            velocity_of_rows = partial(velocity_or_common, rows=rows, conditioning=conditioning)
             trajectories.append(flow.rollout(velocity_of_rows, initial, self.sigmas, transitions, draw_noise, keep))
         return flow.Trajectory.cat(trajectories)
 

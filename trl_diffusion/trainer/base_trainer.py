@@ -262,10 +262,10 @@ class DiffusionTrainer(PublishingTrainer):
         with self.compute_loss_context_manager():
             yield
 
-    def _global_index(self, count: int) -> list[int]:
-        """The place among the images of all processes of each of this process's rows, see [`GroupSampler`]."""
+    def _global_index(self, count: int, process: int | None = None) -> list[int]:
+        """The place among the images of all processes of each row of a process, by default this, see [`GroupSampler`]."""
         size, processes = self.args.per_device_train_batch_size, self.accelerator.num_processes
-        rank = self.accelerator.process_index
+        rank = self.accelerator.process_index if process is None else process
         return [(row // size * processes + rank) * size + row % size for row in range(count)]
 
     @property

@@ -239,14 +239,33 @@ class ChunkGRPOTrainer(OnlineTrainer):
         latents = torch.cat([micro_batch.states[i] for i in steps])
         following = torch.cat([micro_batch.states[i + 1] for i in steps])
         index = torch.tensor(steps, device=latents.device).repeat_interleave(m)
-        conditioning = {
-            name: tensor.repeat(len(steps), *(1,) * (tensor.ndim - 1))
-            for name, tensor in self.conditioning.get(micro_batch.prompts).items()
-        }
-        velocity = self.velocity(model, latents, self._sigmas_on_device[index], conditioning)
+        distinct, places = (torch.tensor(rows, device=latents.device) for rows in self._inputs(micro_batch, steps))
+        conditioning = self.conditioning.get(micro_batch.prompts)
+        conditioning = {name: tensor[distinct % m] for name, tensor in conditioning.items()}
+        velocity = self.velocity(model, latents[distinct], self._sigmas_on_device[index[distinct]], conditioning)
+        velocity = velocity[places]  # adds up the gradients of a group
         coefficients = self._transitions_on_device.rows(index, latents.ndim)
         mean = transition_mean(latents, velocity, coefficients)
         return log_prob(following, mean, coefficients.std).view(len(steps), m).T, mean, coefficients.std
+
+    def _inputs(self, micro_batch: MicroBatch, steps: list[int]) -> tuple[list[int], list[int]]:
+        """
+        Of the rows of a forward, step by step along the batch, those with distinct inputs, and the place among them of
+        every row: until their noise differs, the images of a group have one input.
+        """
+        last_common = -1
+        if self.args.shared_noise == "group" and self._computes_common_once:
+            last_common = 0 if self.args.stochastic_steps == "all" else min(map(min, micro_batch.chunks))
+        rows, distinct, places, known = 0, [], [], {}
+        for step in steps:
+            keys = self._groups(micro_batch.index) if step <= last_common else micro_batch.index
+            for key in keys:
+                if (step, key) not in known:
+                    known[step, key] = len(distinct)
+                    distinct.append(rows)
+                places.append(known[step, key])
+                rows += 1
+        return distinct, places
 
     def _forward_groups(self, chunk: list[int]) -> list[list[int]]:
         """The transitions of each forward of a chunk."""
@@ -459,7 +478,7 @@ class ChunkGRPOTrainer(OnlineTrainer):
 
     def _generation_settings(self) -> dict[str, Any]:
         """Further settings that what is kept of a generation depends on."""
-        return {"trust_region": self.args.trust_region}
+        return {"trust_region": self.args.trust_region, "shared_noise": self.args.shared_noise}
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -14,13 +14,15 @@
 
 """What the methods share that make images, compare those of a prompt by their rewards, and train on what was made."""
 
+import contextlib
 from abc import abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from torch import nn
 
 from ..data.sampler import GroupSampler, GroupStream
 from ..flow import Trajectory
@@ -52,9 +54,12 @@ class OnlineTrainer(DiffusionTrainer):
     generation_class: type[Generation] = Generation
     papers = ()
     _state_within_step = ("_images_trained", "_micro_batches")
+    # Whether what the images of a group have in common is computed once; for tests, since results are the same.
+    _computes_common_once = True
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self._forwards = self._images_made = 0  # of this process, until they are logged
         self._micro_batches: list[Generation] | None = None
         self._columns_missing = False  # of micro-batches from a checkpoint
 
@@ -152,7 +157,7 @@ class OnlineTrainer(DiffusionTrainer):
         args = self.args
         prompts = [row["prompt"] for row in rows]
         columns = self._column_reader.read(rows)
-        with self.timed("rollout"), self.policies.use(policy):
+        with self.timed("rollout"), self.policies.use(policy), self._counted_forwards():
             trajectory = self._rollout(prompts, index, transitions, keep)
         with self.timed("decode"):
             images = self.decode(trajectory.clean)
@@ -163,6 +168,7 @@ class OnlineTrainer(DiffusionTrainer):
         digests = self._gather_rows(picture_digests(images)).view(-1, args.num_generations)
         self._metrics["train"]["duplicate_images"].append(duplicate_share(digests).item())
         self._speed.images += len(prompts)
+        self._images_made += len(prompts)
         names = [*self.rewards, *self.watched_rewards, "advantage"]
         values = torch.cat([scores, watched, advantages[:, None]], 1)
         self._keep_samples(images, prompts, dict(zip(names, values.unbind(1), strict=True)))
@@ -184,11 +190,41 @@ class OnlineTrainer(DiffusionTrainer):
         """Trajectories of this process's rows, with the states of the transitions in `keep`."""
         args = self.args
         index = self._global_index(len(prompts))
-        noise_index = [i // args.num_generations for i in index] if args.shared_noise == "group" else index
+        noise_index, shared = index, {}
+        if args.shared_noise == "group":
+            noise_index = self._groups(index)
+            if self._computes_common_once:
+                places = (self._global_index(len(prompts), process) for process in range(args.world_size))
+                shared = {"groups": noise_index, "num_groups": max(len(set(self._groups(each))) for each in places)}
         initial = self.image_sampler.draw_noise(self.generators(_INITIAL_NOISE, generation, noise_index))
         sampling = self.generators(_SAMPLING_NOISE, generation, index)
         with self.rollout_model() as model:
-            return self.image_sampler.rollout(prompts, initial, model, transitions, sampling, keep)
+            return self.image_sampler.rollout(prompts, initial, model, transitions, sampling, keep, **shared)
+
+    def _groups(self, index: Sequence[int]) -> list[int]:
+        """The group of each image, by its place among the images of all processes."""
+        return [place // self.args.num_generations for place in index]
+
+    def velocity(
+        self, model: nn.Module, latents: torch.Tensor, sigma: torch.Tensor, conditioning: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        with self._counted_forwards():
+            return super().velocity(model, latents, sigma, conditioning)
+
+    @contextlib.contextmanager
+    def _counted_forwards(self) -> Iterator[None]:
+        """Count the forwards within this context to `forwards_per_image`, as those of an evaluation are not."""
+        before = self.image_sampler.forwards
+        yield
+        self._forwards += self.image_sampler.forwards - before
+
+    def _take_metrics(self) -> dict[str, float]:
+        # Those of a generation that is trained beyond a log wait for the images of the next.
+        if self._images_made > 0:
+            share = torch.tensor(self._forwards / self._images_made, device=self.args.device)
+            self._running_metrics.add({"forwards_per_image": share})
+            self._forwards = self._images_made = 0
+        return super()._take_metrics()
 
     def _gather_rows(self, values: torch.Tensor) -> torch.Tensor:
         """The rows `(B, ...)` of all processes, a group behind the other."""

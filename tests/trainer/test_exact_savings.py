@@ -1,0 +1,123 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+What the images of a group have in common is computed once, and nothing but the time changes: against the plain computation,
+in float64. Each of the rollout's families is in `tests/models/test_sampler.py`, several processes in `test_distributed.py`.
+"""
+
+import pytest
+import torch
+
+from .conftest import generation, gradients, off_policy_in_float64, perturb
+
+
+WINDOW = {"chunk_sizes": None, "train_window": 3, "window_chunk": 2, "stochastic_steps": "trained"}
+SETTINGS = [
+    {"chunk_sampling": [0]},
+    {"chunk_sampling": [0], "chunk_gradient": "streamed", "trust_region": "kl"},
+    {**WINDOW, "window_schedule": "random", "trust_region": "guard", "beta": 0.1},
+    {**WINDOW, "chunk_gradient": "streamed"},
+    {**WINDOW, "trust_region": "guard", "peft_config": False},
+    {"chunk_fraction": 1.0, "loss_weighting": "inverse_chunk_size"},
+]
+
+
+def ids(settings):
+    return ",".join(f"{name}={value}" for name, value in settings.items())
+
+
+def rollouts(trainer):
+    """All trajectories of a generation, in the order of the images."""
+    perturb(trainer)
+    trainer.model.double()
+    trainer.flow.dtype = torch.float64
+    return trainer.generation_class.cat(generation(trainer, ["a cat", "a dog", "rain"]))
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=ids)
+# Groups of four in micro-batches of one and a half, and of three groups.
+@pytest.mark.parametrize(("size", "rollout_size"), [(6, 5), (12, 1)])
+def test_rollout(make_trainer, settings, size, rollout_size):
+    settings = {"num_iterations": 2, "gradient_accumulation_steps": 12 // size, **settings}
+    once = make_trainer(per_device_train_batch_size=size, rollout_batch_size=rollout_size, **settings)
+    plain = make_trainer(per_device_train_batch_size=12, **{**settings, "gradient_accumulation_steps": 1})
+    plain._computes_common_once = False
+    ours, expected = rollouts(once), rollouts(plain)
+    assert once._forwards < plain._forwards
+    assert ours.chunks == expected.chunks and ours.states.keys() == expected.states.keys()
+    # Latents are float32; that they are equal says that networks in float64 were not further apart.
+    exact = {"rtol": 0, "atol": 1e-12, "equal_nan": True}
+    torch.testing.assert_close(ours.clean, expected.clean, **exact)
+    torch.testing.assert_close(ours.scores, expected.scores, **exact)
+    for name in ("log_probs", "old_log_probs"):
+        torch.testing.assert_close(vars(ours)[name], vars(expected)[name], **exact)
+    for name in ("states", "old_means", "reference_means"):
+        for i, tensor in vars(ours)[name].items():
+            torch.testing.assert_close(tensor, vars(expected)[name][i], **exact)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=ids)
+@pytest.mark.parametrize("size", [4, 6])
+def test_gradient(make_trainer, settings, size):
+    trainer = make_trainer(
+        per_device_train_batch_size=size, gradient_accumulation_steps=12 // size, num_iterations=2, epsilon_high=None,
+        **settings,
+    )  # fmt: skip
+    batch = off_policy_in_float64(trainer)
+    found, forwards = [], []
+    for once in (True, False):
+        trainer._computes_common_once = once
+        before = trainer.image_sampler.forwards
+        found.append(gradients(trainer, batch))
+        forwards.append(trainer.image_sampler.forwards - before)
+    assert forwards[0] < forwards[1]
+    scale = found[1].abs().max().item()
+    assert scale > 0
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12 * max(1.0, scale))
+
+
+def test_noise_of_their_own_has_nothing_in_common(make_trainer):
+    trainer = make_trainer(shared_noise="none", chunk_sampling=[0])
+    batch = generation(trainer)[0]
+    assert trainer._forwards == 8 * 6
+    gradients(trainer, batch)
+    assert trainer._forwards == 8 * 6 + 4 * 2
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "rollout", "update"),
+    [
+        # Two groups of four images, six steps. The first is common; of the update's, step 0, two micro-batches.
+        ("flux", {"chunk_sampling": [0]}, 2 + 5 * 8, 2 * (1 + 4)),
+        ("flux", {"chunk_sampling": [1]}, 2 + 5 * 8, 2 * 3 * 4),
+        # First the ratio of a chunk, then its gradient, where the update is not on-policy: in the second pass.
+        ("flux", {"chunk_sampling": [0], "num_iterations": 2}, 2 + 5 * 8 + 2 * (1 + 4), 2 * 2 * (1 + 4)),
+        # The steps before the window as well.
+        ("flux", {**WINDOW, "window_interval": 1, "window_chunk": 1, "max_steps": 2}, 2 + 5 * 8 + 2 * 2 + 4 * 8,
+         2 * 2 * (1 + 4 + 4)),
+        ("qwen-image", {"chunk_sampling": [0], "guidance_scale": 3.0}, 2 * (2 + 5 * 8), 2 * 2 * (1 + 4)),
+        ("flux", {"chunk_sampling": [0], "beta": 0.1}, 2 + 5 * 8 + 2 * (1 + 4), 2 * (1 + 4)),
+    ],
+)  # fmt: skip
+def test_forwards_per_image_by_hand(make_trainer, family, settings, rollout, update, train_dataset):
+    settings = {"max_steps": settings.get("num_iterations", 1), **settings, "logging_steps": 2}
+    trainer = make_trainer(family, **settings, eval_dataset=train_dataset, num_eval_images=2)
+    if settings["max_steps"] == 1:
+        trainer.args.logging_steps = trainer.state.logging_steps = 1
+    trainer.evaluate()  # which does not count
+    trainer.train()
+    (log,) = (log for log in trainer.state.log_history if "loss" in log)
+    images = 8 * settings["max_steps"] // settings.get("num_iterations", 1)
+    assert log["forwards_per_image"] == pytest.approx((rollout + update) / images)
