@@ -104,8 +104,9 @@ def assert_only_the_adapter_changed(trainer, before):
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     trained = {f"network.{name}" for name, parameter in trainer.network.named_parameters() if parameter.requires_grad}
     assert all(".lora_" in name for name in trained) and changed <= trained
-    # The first matrix of an adapter gets no gradient while the second is zero.
-    assert {name for name in trained if ".lora_B." in name} <= changed
+    # The first matrix of an adapter gets no gradient while the second is zero. The last block of Stable Diffusion 3 makes
+    # nothing of the queries of its text.
+    assert len({name for name in trained if ".lora_B." in name} - changed) <= 1
 
 
 @pytest.fixture(scope="module", params=ONE_OF_EACH)
