@@ -67,6 +67,13 @@ class DiffusionConfig(TrainingArguments):
             Number of images sampled, decoded and scored together. `None` takes `per_device_train_batch_size`. It
             changes the memory and speed of the rollout, not its result.
 
+        > Parameters that control speed
+
+        attention_backend (`str`, *optional*):
+            Attention of the denoiser, in rollouts and in training: one of
+            [diffusers' backends](https://huggingface.co/docs/diffusers/optimization/attention_backends), as `"flash"`. `None`
+            leaves it as it is, PyTorch's own unless a passed pipeline has another.
+
         > Parameters that control memory
 
         activation_checkpointing (`bool`, *optional*, defaults to `True`):
@@ -74,7 +81,6 @@ class DiffusionConfig(TrainingArguments):
             the update.
         gradient_checkpointing (`bool`, *optional*):
             Old name of `activation_checkpointing`, which works as well.
-
         quantization (`str`, *optional*):
             Quantise the frozen weights of a network that a LoRA is trained on: `"nf4"` to 4 bits (bitsandbytes, needs an
             accelerator), `"int8"` to 8 bits (torchao, weights only). Needs the extra `quantization`. A loaded pipeline
@@ -177,6 +183,10 @@ class DiffusionConfig(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False,
         metadata={"help": "Other columns of the dataset are passed to the reward functions, so they are kept."},
+    )
+    attention_backend: str | None = field(
+        default=None,
+        metadata={"help": "Attention of the denoiser, in rollouts and in training: one of diffusers' backends."},
     )
     # As in transformers 5.23, for the older releases that Python 3.10 gets and that know the second alone.
     activation_checkpointing: bool | None = field(

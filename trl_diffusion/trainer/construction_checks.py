@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, attention_backend
+from diffusers.models import AttentionBackendName
 from peft import PeftConfig
 
 from ..data.prompts import check_prompts, column_names
@@ -57,6 +58,8 @@ def check_arguments(
     check_datasets(args, train_dataset, eval_dataset)
     check_rewards(args, trained, watched, train_dataset, eval_dataset)
     check_what_is_trained(args, model, peft_config, optimizers, optimizer_cls_and_kwargs)
+    if args.attention_backend is not None:
+        check_attention_backend(args.attention_backend)
 
 
 def check_datasets(args: DiffusionConfig, train_dataset: Any, eval_dataset: Any) -> None:
@@ -139,6 +142,20 @@ def check_what_is_trained(
         check_quantization(args.quantization, args.device)
     if isinstance(optimizers[0], OptimizerWithModes):
         args.check_optimizer_with_modes(f"The optimizer {type(optimizers[0]).__name__}")
+
+
+def check_attention_backend(name: str) -> None:
+    """Refuse a backend that diffusers does not know, or that is not installed."""
+    names = [backend.value for backend in AttentionBackendName]
+    if name not in names:
+        raise ValueError(f"attention_backend={name!r} is not known to diffusers. Choose one of {', '.join(names)}.")
+    try:
+        with attention_backend(name):
+            pass
+    except (RuntimeError, ImportError) as error:
+        raise ValueError(
+            f"attention_backend={name!r} cannot be used here: {error} Or leave attention_backend unset."
+        ) from error
 
 
 def check_best_metric(metric: str | None, scores: Collection[str], has_base: bool) -> None:

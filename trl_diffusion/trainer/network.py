@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin, attention_backend
 from diffusers.configuration_utils import FrozenDict
 from huggingface_hub import load_torch_model, save_torch_state_dict
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -64,7 +64,7 @@ def trained_network(flow: FlowModel, args: DiffusionConfig, peft_config: PeftCon
             `False` trains all weights.
 
     Raises:
-        `ValueError`: all weights are to be trained, and they are quantised.
+        `ValueError`: all weights are to be trained, and they are quantised; or see [`use_attention_backend`].
     """
     denoiser = flow.denoiser
     if peft_config is False and denoiser.config.get("quantization_config") is not None:
@@ -78,6 +78,8 @@ def trained_network(flow: FlowModel, args: DiffusionConfig, peft_config: PeftCon
         # read the old name.
         denoiser.enable_gradient_checkpointing()
         args.activation_checkpointing = args.gradient_checkpointing = False
+    if args.attention_backend is not None:
+        use_attention_backend(denoiser, args.attention_backend)
     if peft_config is False:
         network = denoiser.requires_grad_(True)
     else:
@@ -91,6 +93,22 @@ def trained_network(flow: FlowModel, args: DiffusionConfig, peft_config: PeftCon
         network = get_peft_model(denoiser, peft_config, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
     flow.freeze_unused(network)
     return network
+
+
+def use_attention_backend(denoiser: ModelMixin, name: str) -> None:
+    """
+    Let the attention of a network, and of no other, be that of one of diffusers' backends.
+
+    Raises:
+        `ValueError`: the network's attention takes no backend.
+    """
+    with attention_backend(name):  # diffusers changes that of all models, which is put back
+        denoiser.set_attention_backend(name)
+    if not any("_attention_backend" in vars(processor) for processor in denoiser.attn_processors.values()):
+        raise ValueError(
+            f"attention_backend={name!r} has no effect on a {type(denoiser).__name__}, whose attention in diffusers is "
+            "PyTorch's own. Leave it unset."
+        )
 
 
 def adapter_settings(network: nn.Module) -> dict[str, Any]:
