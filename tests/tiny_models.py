@@ -35,6 +35,8 @@ from diffusers import (
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from tokenizers import AddedToken, Tokenizer, decoders
@@ -53,6 +55,7 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -463,5 +466,46 @@ def tiny_flux2_klein_pipeline(is_distilled: bool = False, seed: int = 0) -> Flux
     for module in (parts["transformer"], parts["vae"], text_encoder):
         module.eval()
     pipeline = Flux2KleinPipeline(text_encoder=text_encoder, tokenizer=tokenizer, is_distilled=is_distilled, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_z_image_pipeline(shift: float = 6.0, seed: int = 0) -> ZImagePipeline:
+    """A Z-Image pipeline in small, float32, on the CPU.
+
+    Args:
+        shift (`float`, *optional*, defaults to `6.0`):
+            Shift of the schedule: 6 for the likeness of Z-Image, 3 for that of Z-Image-Turbo.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights. The global generator is left as it was.
+    """
+    tokenizer = qwen3_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = ZImageTransformer2DModel(
+            in_channels=4,
+            dim=32,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=16,
+            axes_dims=[4, 6, 6],
+            axes_lens=[640, 64, 64],
+        )
+        for pad_token in (transformer.x_pad_token, transformer.cap_pad_token):
+            torch.nn.init.normal_(pad_token)
+        text_encoder = Qwen3Model(_qwen3_config(tokenizer, num_hidden_layers=2))
+        vae = _vae()
+    # As from_pretrained would return them: without dropout.
+    for module in (transformer, text_encoder, vae):
+        module.eval()
+    pipeline = ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -29,6 +29,7 @@ from tiny_models import (
     tiny_flux_pipeline,
     tiny_qwen_image_pipeline,
     tiny_sd3_pipeline,
+    tiny_z_image_pipeline,
 )
 
 from trl_diffusion.models import (
@@ -39,6 +40,7 @@ from trl_diffusion.models import (
     QwenImageFlowModel,
     Sampler,
     SD3FlowModel,
+    ZImageFlowModel,
     load_flow_model,
 )
 from trl_diffusion.models.base import clamp_with_inward_gradient
@@ -62,6 +64,15 @@ def flux2_decodable(pipeline, latents):
     norm = pipeline.vae.bn
     scale = (norm.running_var + norm.eps).sqrt().view(1, -1, 1, 1)
     return pipeline._unpatchify_latents(latents * scale + norm.running_mean.view(1, -1, 1, 1))
+
+
+def as_lists(conditioning):
+    """Each row of the embeddings without its padding."""
+    return {
+        name: [row[mask] for row, mask in zip(tensor, conditioning[f"{name}_mask"], strict=True)]
+        for name, tensor in conditioning.items()
+        if not name.endswith("_mask")
+    }
 
 
 @dataclass(frozen=True)
@@ -127,6 +138,23 @@ KLEIN_DISTILLED = {
     "guided": False,
     "undistilled_model": "black-forest-labs/FLUX.2-klein-base-9B",
 }
+Z_IMAGE = {
+    "build": tiny_z_image_pipeline,
+    "model_class": ZImageFlowModel,
+    "unguided_scale": 0.0,
+    "takes_negative_prompt": True,
+    "inputs": ("x", "t", "cap_feats"),
+    "time": lambda sigma: 1 - sigma,
+    "embeddings": as_lists,
+    "max_sequence_length": 64,
+}
+Z_IMAGE_TURBO = {
+    **Z_IMAGE,
+    "arguments": {"shift": 3.0},
+    "guided": False,
+    "takes_negative_prompt": False,
+    "undistilled_model": "Tongyi-MAI/Z-Image",
+}
 
 FAMILIES = {
     "flux-dev": Family(**FLUX, guidance_scale=3.5, height=16, width=16),
@@ -148,10 +176,15 @@ FAMILIES = {
     "flux2-klein-base": Family(**KLEIN, guidance_scale=1.0, height=16, width=16),
     "flux2-klein-base-guided": Family(**KLEIN, guidance_scale=4.0, height=16, width=24, num_steps=8),
     "flux2-klein": Family(**KLEIN_DISTILLED, guidance_scale=1.0, height=24, width=16, num_steps=3),
+    "z-image": Family(**Z_IMAGE, guidance_scale=0.0, height=24, width=16),
+    "z-image-guided": Family(**Z_IMAGE, guidance_scale=5.0, height=16, width=24, num_steps=8),
+    "z-image-guided-little": Family(**Z_IMAGE, guidance_scale=0.5, height=16, width=16),
+    "z-image-turbo": Family(**Z_IMAGE_TURBO, guidance_scale=0.0, height=24, width=16, num_steps=4),
 }
 # One row of each family, where the guidance and the size make no difference.
 ONE_OF_EACH = [
     "flux-dev", "flux-schnell", "sd3-guided", "qwen-image-guided", "flux2-dev", "flux2-klein-base-guided", "flux2-klein",
+    "z-image-guided", "z-image-turbo",
 ]  # fmt: skip
 
 
@@ -606,6 +639,17 @@ def test_defaults():
     assert sd3.max_sequence_length == 256
     assert dev.default_size == (256, 256)  # as FluxPipeline: 128 latents of 2 pixels here, of 8 in the real one
     assert sd3.default_size == (16, 16)
+    flux2, klein, z_image = map(
+        load_flow_model, (tiny_flux2_pipeline(), tiny_flux2_klein_pipeline(), tiny_z_image_pipeline())
+    )
+    assert [model.default_guidance_scale for model in (flux2, klein, z_image)] == [4.0, 4.0, 5.0]
+    assert [model.negative_prompt for model in (flux2, klein, z_image)] == [None, "", ""]
+    assert [model.max_sequence_length for model in (flux2, klein, z_image)] == [512, 512, 512]
+    assert [model.default_size for model in (flux2, klein, z_image)] == [(256, 256), (256, 256), (1024, 1024)]
+    assert [model.latent_downsample for model in (flux2, klein, z_image)] == [4, 4, 4]
+    assert [model.distilled_model for model in (klein, z_image)] == [
+        "black-forest-labs/FLUX.2-klein-9B", "Tongyi-MAI/Z-Image-Turbo",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -617,6 +661,8 @@ def test_defaults():
         (tiny_qwen_image_pipeline, 16, 18, "width=18 .* Nearest: 16 and 20"),
         (tiny_sd3_pipeline, 16, -8, "width=-8 .* Nearest: 4"),
         (tiny_sd3_pipeline, 36, 16, "height=36 is too large .* 32 pixels"),
+        (tiny_flux2_pipeline, 16, 18, "width=18 .* Nearest: 16 and 20"),
+        (tiny_z_image_pipeline, 260, 16, "height=260 is too large .* 256 pixels"),
     ],
 )
 def test_impossible_sizes_name_the_value_and_the_nearest(build, height, width, message):

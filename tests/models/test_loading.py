@@ -27,7 +27,13 @@ from diffusers import (
     FluxKontextPipeline,
     StableDiffusion3Img2ImgPipeline,
 )
-from tiny_models import tiny_flux_pipeline, tiny_qwen_image_pipeline, tiny_sd3_pipeline
+from tiny_models import (
+    tiny_flux2_pipeline,
+    tiny_flux_pipeline,
+    tiny_qwen_image_pipeline,
+    tiny_sd3_pipeline,
+    tiny_z_image_pipeline,
+)
 from transformers import T5EncoderModel
 from transformers.integrations.deepspeed import (
     is_deepspeed_zero3_enabled,
@@ -218,7 +224,10 @@ def test_whole_weights_without_deepspeed():
     assert not is_deepspeed_zero3_enabled()
 
 
-@pytest.mark.parametrize("make", [tiny_flux_pipeline, tiny_sd3_pipeline, tiny_qwen_image_pipeline])
+@pytest.mark.parametrize(
+    "make",
+    [tiny_flux_pipeline, tiny_sd3_pipeline, tiny_qwen_image_pipeline, tiny_flux2_pipeline, tiny_z_image_pipeline],
+)
 def test_an_impossible_size_is_refused_before_weights_load(make, tmp_path):
     make().save_pretrained(tmp_path)
     for weights in tmp_path.rglob("*.safetensors"):

@@ -20,6 +20,7 @@ from .loading import FLOW_MODELS, load_flow_model, whole_weights
 from .qwen_image import QwenImageFlowModel
 from .sampler import Sampler
 from .sd3 import SD3FlowModel
+from .z_image import ZImageFlowModel
 
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "QwenImageFlowModel",
     "SD3FlowModel",
     "Sampler",
+    "ZImageFlowModel",
     "load_flow_model",
     "open_prompt_store",
     "whole_weights",

@@ -95,7 +95,7 @@ class FlowModel(ABC):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     # By their last name, so that the second attention of Stable Diffusion 3.5 medium (`attn2`) is among them.
-    lora_target_modules: ClassVar[list[str]] = [
+    lora_target_modules: list[str] = [
         "to_q",
         "to_k",
         "to_v",

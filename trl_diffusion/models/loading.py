@@ -33,6 +33,7 @@ from .flux2 import Flux2FlowModel, Flux2KleinFlowModel
 from .passed import make_plain
 from .qwen_image import QwenImageFlowModel
 from .sd3 import SD3FlowModel
+from .z_image import ZImageFlowModel
 
 
 FLOW_MODELS: dict[str, type[FlowModel]] = {
@@ -43,6 +44,7 @@ FLOW_MODELS: dict[str, type[FlowModel]] = {
         QwenImageFlowModel,
         Flux2FlowModel,
         Flux2KleinFlowModel,
+        ZImageFlowModel,
     )
 }
 """The supported families: pipeline class name to [`FlowModel`]."""
