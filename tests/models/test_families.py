@@ -24,6 +24,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import (
+    tiny_chroma_pipeline,
     tiny_flux2_klein_pipeline,
     tiny_flux2_pipeline,
     tiny_flux_pipeline,
@@ -33,6 +34,7 @@ from tiny_models import (
 )
 
 from trl_diffusion.models import (
+    ChromaFlowModel,
     FlowModel,
     Flux2FlowModel,
     Flux2KleinFlowModel,
@@ -120,6 +122,13 @@ QWEN_IMAGE = {
     "frames": True,
     "max_sequence_length": 64,  # prompts keep their different lengths
 }
+CHROMA = {
+    "build": tiny_chroma_pipeline,
+    "model_class": ChromaFlowModel,
+    "layout": packed,
+    "takes_negative_prompt": True,
+    "max_sequence_length": 48,
+}
 FLUX2 = {
     "build": tiny_flux2_pipeline,
     "model_class": Flux2FlowModel,
@@ -171,6 +180,11 @@ FAMILIES = {
     "qwen-image": Family(**QWEN_IMAGE, guidance_scale=1.0, height=16, width=16),
     "qwen-image-guided": Family(**QWEN_IMAGE, guidance_scale=4.0, height=16, width=24),
     "qwen-image-guided-high": Family(**QWEN_IMAGE, guidance_scale=4.0, height=24, width=16),
+    "chroma": Family(**CHROMA, guidance_scale=1.0, height=16, width=16),
+    "chroma-guided-wide": Family(**CHROMA, guidance_scale=5.0, height=16, width=24, num_steps=8),
+    "chroma-static-shift": Family(
+        **CHROMA, guidance_scale=5.0, height=24, width=16, arguments={"dynamic_shifting": False}
+    ),
     "flux2-dev": Family(**FLUX2, guidance_scale=4.0, height=16, width=24),
     "flux2-dev-high": Family(**FLUX2, guidance_scale=2.5, height=24, width=16, num_steps=8),
     "flux2-klein-base": Family(**KLEIN, guidance_scale=1.0, height=16, width=16),
@@ -185,6 +199,7 @@ FAMILIES = {
 ONE_OF_EACH = [
     "flux-dev", "flux-schnell", "sd3-guided", "qwen-image-guided", "flux2-dev", "flux2-klein-base-guided", "flux2-klein",
     "z-image-guided", "z-image-turbo",
+    "chroma-guided-wide",
 ]  # fmt: skip
 
 
@@ -446,6 +461,31 @@ def test_vae_gradient_checkpointing_recomputes_and_gives_the_same_gradient(famil
     assert not flow_model.vae.training
     assert (once, twice) == (1, 2)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
+
+
+@one_of_each
+def test_gradient_checkpointing_changes_nothing(family):
+    """Neither the velocity nor, where several forwards wait for one backward, the gradient."""
+    flow_model, guidance_scale, height, width = family
+    flow_model.denoiser.requires_grad_(True)
+    latents = flow_model.draw_noise(len(PROMPTS), height, width, torch.Generator().manual_seed(0))
+    conditionings = [flow_model.encode_prompt(prompts) for prompts in (PROMPTS, PROMPTS[::-1])]
+
+    def velocity_and_gradient():
+        flow_model.denoiser.zero_grad()
+        velocities = [
+            flow_model.velocity(flow_model.denoiser, latents, torch.tensor(0.5), conditioning, guidance_scale)
+            for conditioning in conditionings
+        ]
+        torch.cat(velocities).square().sum().backward()
+        gradients = [p.grad.flatten() for p in flow_model.denoiser.parameters() if p.grad is not None]
+        return torch.cat(velocities), torch.cat(gradients)
+
+    expected = velocity_and_gradient()
+    flow_model.enable_gradient_checkpointing()
+    assert flow_model.denoiser.is_gradient_checkpointing
+    for tensor, plain in zip(velocity_and_gradient(), expected, strict=True):
+        torch.testing.assert_close(tensor, plain, rtol=1e-5, atol=1e-6)
 
 
 @one_of_each

@@ -13,6 +13,7 @@
 # limitations under the License.
 
 from .base import FlowModel
+from .chroma import ChromaFlowModel
 from .conditioning import Conditioning, open_prompt_store
 from .flux import FluxFlowModel
 from .flux2 import Flux2FlowModel, Flux2KleinFlowModel
@@ -25,6 +26,7 @@ from .z_image import ZImageFlowModel
 
 __all__ = [
     "FLOW_MODELS",
+    "ChromaFlowModel",
     "Conditioning",
     "FlowModel",
     "Flux2FlowModel",

@@ -208,6 +208,10 @@ class FlowModel(ABC):
         """Whether the network's output does not depend on the parameter of this name."""
         return False
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute the denoiser's blocks in the backward pass instead of keeping their activations."""
+        self.denoiser.enable_gradient_checkpointing()
+
     def freeze_unused(self, network: torch.nn.Module) -> None:
         """Freeze parameters that no gradient reaches, of the denoiser as it is or with an adapter: DDP waits for them."""
         for name, parameter in network.named_parameters():

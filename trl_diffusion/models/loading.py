@@ -28,6 +28,7 @@ from transformers.integrations import deepspeed
 from .. import shapes
 from ..paths import check_exists, not_found
 from .base import FlowModel, check_multiple
+from .chroma import ChromaFlowModel
 from .flux import FluxFlowModel
 from .flux2 import Flux2FlowModel, Flux2KleinFlowModel
 from .passed import make_plain
@@ -42,6 +43,7 @@ FLOW_MODELS: dict[str, type[FlowModel]] = {
         FluxFlowModel,
         SD3FlowModel,
         QwenImageFlowModel,
+        ChromaFlowModel,
         Flux2FlowModel,
         Flux2KleinFlowModel,
         ZImageFlowModel,
