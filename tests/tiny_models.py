@@ -18,15 +18,18 @@ Their geometry is the real one in small: VAE of factor 2 with 4 latent channels,
 pixels. Weights are random but fixed by `seed`.
 """
 
+import inspect
 import string
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
@@ -35,6 +38,8 @@ from diffusers import (
     FluxTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     ZImagePipeline,
@@ -49,6 +54,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
@@ -132,6 +140,16 @@ def mistral_tokenizer() -> PreTrainedTokenizerFast:
         "<s>{% for message in messages %}{% set name = {'system': 'SYSTEM_PROMPT', 'user': 'INST'}[message.role] %}"
         "[{{ name }}]{{ message.content[0].text }}[/{{ name }}]{% endfor %}"
     )
+    return tokenizer
+
+
+def gemma_tokenizer() -> GemmaTokenizer:
+    """A Gemma tokenizer that knows single printable characters, and the lines of Sana's instruction as one token each."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    letters = string.digits + string.ascii_letters + string.punctuation
+    tokenizer = GemmaTokenizer(vocab={token: index for index, token in enumerate([*special, "\u2581", *letters])})
+    instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    tokenizer.add_tokens([AddedToken(line, normalized=False) for line in instruction])
     return tokenizer
 
 
@@ -263,6 +281,77 @@ def tiny_chroma_pipeline(seed: int = 0, dynamic_shifting: bool = True) -> Chroma
         module.eval()
     pipeline = ChromaPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic_shifting),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_sana_pipeline(seed: int = 0) -> SanaPipeline:
+    """A Sana 1.5 pipeline in small, with the published scheduler, float32, on the CPU. The VAE's factor is 4.
+
+    Args:
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights. The global generator is left as it was.
+    """
+    tokenizer = gemma_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = SanaTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=2,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=16,
+            cross_attention_dim=32,
+            caption_channels=32,
+            sample_size=8,
+            qk_norm="rms_norm_across_heads",
+        )
+        text_encoder = Gemma2Model(
+            Gemma2Config(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=8,
+                pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        )
+        blocks = {
+            f"{part}_{name}": value
+            for part in ("encoder", "decoder")
+            for name, value in {
+                "block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
+                "block_out_channels": (8, 8, 16),
+                "layers_per_block": (1, 1, 1),
+                "qkv_multiscales": ((), (), (5,)),
+            }.items()
+        }
+        vae = AutoencoderDC(
+            latent_channels=4,
+            attention_head_dim=8,
+            upsample_block_type="interpolate",
+            downsample_block_type="conv",
+            scaling_factor=0.41407,
+            **blocks,
+        )
+    # As from_pretrained would return them: without dropout.
+    for module in (transformer, text_encoder, vae):
+        module.eval()
+    pipeline = SanaPipeline(
+        scheduler=DPMSolverMultistepScheduler(
+            algorithm_type="dpmsolver++", prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,

@@ -20,6 +20,7 @@ from .flux2 import Flux2FlowModel, Flux2KleinFlowModel
 from .loading import FLOW_MODELS, load_flow_model, whole_weights
 from .qwen_image import QwenImageFlowModel
 from .sampler import Sampler
+from .sana import SanaFlowModel
 from .sd3 import SD3FlowModel
 from .z_image import ZImageFlowModel
 
@@ -36,6 +37,7 @@ __all__ = [
     "SD3FlowModel",
     "Sampler",
     "ZImageFlowModel",
+    "SanaFlowModel",
     "load_flow_model",
     "open_prompt_store",
     "whole_weights",
