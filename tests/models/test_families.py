@@ -102,7 +102,9 @@ class Family:
     inputs: tuple[str, ...] = ("hidden_states", "timestep", "encoder_hidden_states")  # latents, time and text
     time: Callable = lambda sigma: sigma
     embeddings: Callable = lambda conditioning: conditioning  # as the pipeline's call takes them
-    card: dict[str, str] = field(default_factory=dict)  # changes of a card's example, to draw by the solver of a training
+    card: dict[str, str] = field(
+        default_factory=dict
+    )  # changes of a card's example, to draw by the solver of a training
     passes_sigmas: bool = False  # whether the call needs them, because the scheduler makes others
     samples_images: bool = True  # whether images have a distribution of latents
     vae_block: Callable = lambda vae: vae.decoder.mid_block.resnets[0]
