@@ -226,7 +226,6 @@ FAMILIES = {
 ONE_OF_EACH = [
     "flux-dev", "flux-schnell", "sd3-guided", "qwen-image-guided", "flux2-dev", "flux2-klein-base-guided", "flux2-klein",
     "z-image-guided", "z-image-turbo",
-    "chroma-guided-wide",
     "chroma-guided-wide", "sana-guided-wide",
 ]  # fmt: skip
 

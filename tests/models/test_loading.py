@@ -33,10 +33,10 @@ from tiny_models import (
     tiny_flux2_pipeline,
     tiny_flux_pipeline,
     tiny_qwen_image_pipeline,
+    tiny_sana_pipeline,
     tiny_sd3_pipeline,
     tiny_z_image_pipeline,
 )
-from tiny_models import tiny_flux_pipeline, tiny_qwen_image_pipeline, tiny_sana_pipeline, tiny_sd3_pipeline
 from transformers import T5EncoderModel
 from transformers.integrations.deepspeed import (
     is_deepspeed_zero3_enabled,
