@@ -18,13 +18,18 @@ Their geometry is the real one in small: VAE of factor 2 with 4 latent channels,
 pixels. Weights are random but fixed by `seed`.
 """
 
+import inspect
 import string
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
@@ -33,8 +38,12 @@ from diffusers import (
     FluxTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from tokenizers import AddedToken, Tokenizer, decoders
@@ -45,6 +54,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
@@ -53,6 +65,7 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -127,6 +140,16 @@ def mistral_tokenizer() -> PreTrainedTokenizerFast:
         "<s>{% for message in messages %}{% set name = {'system': 'SYSTEM_PROMPT', 'user': 'INST'}[message.role] %}"
         "[{{ name }}]{{ message.content[0].text }}[/{{ name }}]{% endfor %}"
     )
+    return tokenizer
+
+
+def gemma_tokenizer() -> GemmaTokenizer:
+    """A Gemma tokenizer that knows single printable characters, and the lines of Sana's instruction as one token each."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    letters = string.digits + string.ascii_letters + string.punctuation
+    tokenizer = GemmaTokenizer(vocab={token: index for index, token in enumerate([*special, "\u2581", *letters])})
+    instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    tokenizer.add_tokens([AddedToken(line, normalized=False) for line in instruction])
     return tokenizer
 
 
@@ -221,6 +244,117 @@ def tiny_flux_pipeline(
         tokenizer=tokenizer,
         text_encoder_2=text_encoder_2,
         tokenizer_2=tokenizer_2,
+        transformer=transformer,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_chroma_pipeline(seed: int = 0, dynamic_shifting: bool = True) -> ChromaPipeline:
+    """A Chroma pipeline in small, float32, on the CPU.
+
+    Args:
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights. The global generator is left as it was.
+        dynamic_shifting (`bool`, *optional*, defaults to `True`):
+            Whether the schedule shifts with the resolution.
+    """
+    tokenizer = t5_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = ChromaTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            axes_dims_rope=(4, 6, 6),
+            approximator_num_channels=64,
+            approximator_hidden_dim=16,
+            approximator_layers=1,
+        )
+        text_encoder = _t5_encoder(tokenizer, hidden_size=32)
+        vae = _vae()
+    # As from_pretrained would return them: without dropout.
+    for module in (transformer, text_encoder, vae):
+        module.eval()
+    pipeline = ChromaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic_shifting),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_sana_pipeline(seed: int = 0) -> SanaPipeline:
+    """A Sana 1.5 pipeline in small, with the published scheduler, float32, on the CPU. The VAE's factor is 4.
+
+    Args:
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights. The global generator is left as it was.
+    """
+    tokenizer = gemma_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = SanaTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=2,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=16,
+            cross_attention_dim=32,
+            caption_channels=32,
+            sample_size=8,
+            qk_norm="rms_norm_across_heads",
+        )
+        text_encoder = Gemma2Model(
+            Gemma2Config(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=8,
+                pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        )
+        blocks = {
+            f"{part}_{name}": value
+            for part in ("encoder", "decoder")
+            for name, value in {
+                "block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
+                "block_out_channels": (8, 8, 16),
+                "layers_per_block": (1, 1, 1),
+                "qkv_multiscales": ((), (), (5,)),
+            }.items()
+        }
+        vae = AutoencoderDC(
+            latent_channels=4,
+            attention_head_dim=8,
+            upsample_block_type="interpolate",
+            downsample_block_type="conv",
+            scaling_factor=0.41407,
+            **blocks,
+        )
+    # As from_pretrained would return them: without dropout.
+    for module in (transformer, text_encoder, vae):
+        module.eval()
+    pipeline = SanaPipeline(
+        scheduler=DPMSolverMultistepScheduler(
+            algorithm_type="dpmsolver++", prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
         transformer=transformer,
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -463,5 +597,46 @@ def tiny_flux2_klein_pipeline(is_distilled: bool = False, seed: int = 0) -> Flux
     for module in (parts["transformer"], parts["vae"], text_encoder):
         module.eval()
     pipeline = Flux2KleinPipeline(text_encoder=text_encoder, tokenizer=tokenizer, is_distilled=is_distilled, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_z_image_pipeline(shift: float = 6.0, seed: int = 0) -> ZImagePipeline:
+    """A Z-Image pipeline in small, float32, on the CPU.
+
+    Args:
+        shift (`float`, *optional*, defaults to `6.0`):
+            Shift of the schedule: 6 for the likeness of Z-Image, 3 for that of Z-Image-Turbo.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights. The global generator is left as it was.
+    """
+    tokenizer = qwen3_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = ZImageTransformer2DModel(
+            in_channels=4,
+            dim=32,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=16,
+            axes_dims=[4, 6, 6],
+            axes_lens=[640, 64, 64],
+        )
+        for pad_token in (transformer.x_pad_token, transformer.cap_pad_token):
+            torch.nn.init.normal_(pad_token)
+        text_encoder = Qwen3Model(_qwen3_config(tokenizer, num_hidden_layers=2))
+        vae = _vae()
+    # As from_pretrained would return them: without dropout.
+    for module in (transformer, text_encoder, vae):
+        module.eval()
+    pipeline = ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

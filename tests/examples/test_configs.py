@@ -43,6 +43,7 @@ MODELS = {
     "flux": "black-forest-labs/FLUX.1-dev",
     "flux2-dev": "black-forest-labs/FLUX.2-dev",
     "flux2-klein": "black-forest-labs/FLUX.2-klein-base-4B",
+    "z-image": "Tongyi-MAI/Z-Image",
 }
 
 

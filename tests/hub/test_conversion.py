@@ -21,7 +21,13 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_flux2_klein_pipeline, tiny_flux_pipeline, tiny_qwen_image_pipeline, tiny_sd3_pipeline
+from tiny_models import (
+    tiny_flux2_klein_pipeline,
+    tiny_flux_pipeline,
+    tiny_qwen_image_pipeline,
+    tiny_sd3_pipeline,
+    tiny_z_image_pipeline,
+)
 
 from trl_diffusion.cli.main import main
 from trl_diffusion.hub import save_adapter
@@ -34,6 +40,7 @@ PIPELINES = {
     "sd3": tiny_sd3_pipeline,
     "qwen-image": tiny_qwen_image_pipeline,
     "flux2": tiny_flux2_klein_pipeline,
+    "z-image": tiny_z_image_pipeline,
 }
 CONFIGS = {
     "alpha differs from r": {"r": 4, "lora_alpha": 12},

@@ -14,6 +14,7 @@
 
 """Embeddings in windows: what the encoders give, for those prompts that come next, in bounded memory."""
 
+import inspect
 import itertools
 import os
 import socket
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import tiny_flux_pipeline, tiny_sd3_pipeline
+from tiny_models import tiny_flux_pipeline, tiny_sana_pipeline, tiny_sd3_pipeline
 
 from trl_diffusion.data.prompt_store import PromptStore
 from trl_diffusion.models import Conditioning, load_flow_model, open_prompt_store
@@ -69,6 +70,26 @@ def test_the_conditioning_is_what_the_pipeline_encodes(flow_model):
         tolerance = 1e-5 if tensor.dtype == torch.float32 else 2e-2  # other batch, other rounding
         torch.testing.assert_close(actual[name], tensor, rtol=tolerance, atol=tolerance)
     assert not torch.equal(*conditioning.get(["a blue square", "a red circle"])["prompt_embeds"])
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_prompt_that_is_the_negative_prompt_too_is_encoded_as_both(keep, tmp_path):
+    """Sana's pipeline puts an instruction before a prompt, and none before the negative one."""
+    pipeline = tiny_sana_pipeline()
+    flow_model = load_flow_model(pipeline, negative_prompt="Dull")
+    flow_model.max_sequence_length = 16
+    conditioning = Conditioning(flow_model, CPU, store=PromptStore(tmp_path, "tiny", 1))
+    instruction = inspect.signature(pipeline.__call__).parameters["complex_human_instruction"].default
+    expected = pipeline.encode_prompt(
+        ["Dull"], negative_prompt="Dull", max_sequence_length=16, complex_human_instruction=instruction
+    )
+    assert not torch.equal(expected[0], expected[2])
+    if keep:
+        conditioning.keep_all(["Dull"])
+    actual = conditioning.get(["Dull"])
+    names = ["prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask"]
+    for name, tensor in zip(names, expected, strict=True):
+        torch.testing.assert_close(actual[name], tensor, rtol=0, atol=1e-5)
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it(flow_model):

@@ -24,21 +24,27 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import (
+    tiny_chroma_pipeline,
     tiny_flux2_klein_pipeline,
     tiny_flux2_pipeline,
     tiny_flux_pipeline,
     tiny_qwen_image_pipeline,
+    tiny_sana_pipeline,
     tiny_sd3_pipeline,
+    tiny_z_image_pipeline,
 )
 
 from trl_diffusion.models import (
+    ChromaFlowModel,
     FlowModel,
     Flux2FlowModel,
     Flux2KleinFlowModel,
     FluxFlowModel,
     QwenImageFlowModel,
     Sampler,
+    SanaFlowModel,
     SD3FlowModel,
+    ZImageFlowModel,
     load_flow_model,
 )
 from trl_diffusion.models.base import clamp_with_inward_gradient
@@ -64,6 +70,15 @@ def flux2_decodable(pipeline, latents):
     return pipeline._unpatchify_latents(latents * scale + norm.running_mean.view(1, -1, 1, 1))
 
 
+def as_lists(conditioning):
+    """Each row of the embeddings without its padding."""
+    return {
+        name: [row[mask] for row, mask in zip(tensor, conditioning[f"{name}_mask"], strict=True)]
+        for name, tensor in conditioning.items()
+        if not name.endswith("_mask")
+    }
+
+
 @dataclass(frozen=True)
 class Family:
     """A tiny pipeline with what its own call is told, and how its latents lie."""
@@ -87,6 +102,12 @@ class Family:
     inputs: tuple[str, ...] = ("hidden_states", "timestep", "encoder_hidden_states")  # latents, time and text
     time: Callable = lambda sigma: sigma
     embeddings: Callable = lambda conditioning: conditioning  # as the pipeline's call takes them
+    card: dict[str, str] = field(
+        default_factory=dict
+    )  # changes of a card's example, to draw by the solver of a training
+    passes_sigmas: bool = False  # whether the call needs them, because the scheduler makes others
+    samples_images: bool = True  # whether images have a distribution of latents
+    vae_block: Callable = lambda vae: vae.decoder.mid_block.resnets[0]
     frames: bool = False  # whether the VAE takes and gives videos
     max_sequence_length: int = 16  # short, to be quick
 
@@ -109,6 +130,30 @@ QWEN_IMAGE = {
     "frames": True,
     "max_sequence_length": 64,  # prompts keep their different lengths
 }
+CHROMA = {
+    "build": tiny_chroma_pipeline,
+    "model_class": ChromaFlowModel,
+    "layout": packed,
+    "takes_negative_prompt": True,
+    "max_sequence_length": 48,
+}
+SANA = {
+    "build": tiny_sana_pipeline,
+    "model_class": SanaFlowModel,
+    "time": lambda sigma: 1000 * sigma,
+    "takes_negative_prompt": True,
+    "call": {"negative_prompt": "", "use_resolution_binning": False},
+    "embeddings": lambda conditioning: {**conditioning, "negative_prompt": None, "use_resolution_binning": False},
+    "comfyui": False,
+    "card": {
+        "image = pipe(\n": "pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)\n"
+        "image = pipe(\n    sigmas=[1.0, 0.75, 0.5, 0.25],\n"
+    },
+    "passes_sigmas": True,
+    "samples_images": False,
+    "vae_block": lambda vae: vae.decoder.up_blocks[2][0],
+    "max_sequence_length": 64,
+}
 FLUX2 = {
     "build": tiny_flux2_pipeline,
     "model_class": Flux2FlowModel,
@@ -127,6 +172,23 @@ KLEIN_DISTILLED = {
     "guided": False,
     "undistilled_model": "black-forest-labs/FLUX.2-klein-base-9B",
 }
+Z_IMAGE = {
+    "build": tiny_z_image_pipeline,
+    "model_class": ZImageFlowModel,
+    "unguided_scale": 0.0,
+    "takes_negative_prompt": True,
+    "inputs": ("x", "t", "cap_feats"),
+    "time": lambda sigma: 1 - sigma,
+    "embeddings": as_lists,
+    "max_sequence_length": 64,
+}
+Z_IMAGE_TURBO = {
+    **Z_IMAGE,
+    "arguments": {"shift": 3.0},
+    "guided": False,
+    "takes_negative_prompt": False,
+    "undistilled_model": "Tongyi-MAI/Z-Image",
+}
 
 FAMILIES = {
     "flux-dev": Family(**FLUX, guidance_scale=3.5, height=16, width=16),
@@ -143,15 +205,28 @@ FAMILIES = {
     "qwen-image": Family(**QWEN_IMAGE, guidance_scale=1.0, height=16, width=16),
     "qwen-image-guided": Family(**QWEN_IMAGE, guidance_scale=4.0, height=16, width=24),
     "qwen-image-guided-high": Family(**QWEN_IMAGE, guidance_scale=4.0, height=24, width=16),
+    "chroma": Family(**CHROMA, guidance_scale=1.0, height=16, width=16),
+    "chroma-guided-wide": Family(**CHROMA, guidance_scale=5.0, height=16, width=24, num_steps=8),
+    "chroma-static-shift": Family(
+        **CHROMA, guidance_scale=5.0, height=24, width=16, arguments={"dynamic_shifting": False}
+    ),
+    "sana": Family(**SANA, guidance_scale=1.0, height=32, width=32),
+    "sana-guided-wide": Family(**SANA, guidance_scale=4.5, height=32, width=64, num_steps=8),
     "flux2-dev": Family(**FLUX2, guidance_scale=4.0, height=16, width=24),
     "flux2-dev-high": Family(**FLUX2, guidance_scale=2.5, height=24, width=16, num_steps=8),
     "flux2-klein-base": Family(**KLEIN, guidance_scale=1.0, height=16, width=16),
     "flux2-klein-base-guided": Family(**KLEIN, guidance_scale=4.0, height=16, width=24, num_steps=8),
     "flux2-klein": Family(**KLEIN_DISTILLED, guidance_scale=1.0, height=24, width=16, num_steps=3),
+    "z-image": Family(**Z_IMAGE, guidance_scale=0.0, height=24, width=16),
+    "z-image-guided": Family(**Z_IMAGE, guidance_scale=5.0, height=16, width=24, num_steps=8),
+    "z-image-guided-little": Family(**Z_IMAGE, guidance_scale=0.5, height=16, width=16),
+    "z-image-turbo": Family(**Z_IMAGE_TURBO, guidance_scale=0.0, height=24, width=16, num_steps=4),
 }
 # One row of each family, where the guidance and the size make no difference.
 ONE_OF_EACH = [
     "flux-dev", "flux-schnell", "sd3-guided", "qwen-image-guided", "flux2-dev", "flux2-klein-base-guided", "flux2-klein",
+    "z-image-guided", "z-image-turbo",
+    "chroma-guided-wide", "sana-guided-wide",
 ]  # fmt: skip
 
 
@@ -180,11 +255,14 @@ def run_pipeline(row, flow_model, output_type="latent", num_inference_steps=None
     call = row.call
     if "negative_prompt" in call:  # some pipelines want as many as prompts
         call = {**call, "negative_prompt": [call["negative_prompt"]] * len(PROMPTS)}
+    steps = row.num_steps if num_inference_steps is None else num_inference_steps
+    if row.passes_sigmas:
+        source["sigmas"] = flow_model.unshifted_sigmas(steps)
     return flow_model.pipeline(
         prompt=list(PROMPTS),  # some pipelines change the list
         height=row.height,
         width=row.width,
-        num_inference_steps=row.num_steps if num_inference_steps is None else num_inference_steps,
+        num_inference_steps=steps,
         max_sequence_length=flow_model.max_sequence_length,
         output_type=output_type,
         **{row.guidance_argument: row.guidance_scale if guidance_scale is None else guidance_scale, **call},
@@ -365,7 +443,8 @@ def test_encode_and_decode_invert_each_others_layout(family, row):
     vae, processor = flow_model.vae, flow_model.pipeline.image_processor
     with torch.no_grad():
         pixels = processor.normalize(images)
-        raw = vae.encode(pixels.unsqueeze(2) if row.frames else pixels).latent_dist.mode()
+        encoded = vae.encode(pixels.unsqueeze(2) if row.frames else pixels)
+        raw = encoded.latent_dist.mode() if row.samples_images else encoded.latent
         restored = vae.decode(raw).sample
         expected = processor.denormalize(restored.squeeze(2) if row.frames else restored)
         decoded = flow_model.decode(latents)
@@ -373,8 +452,8 @@ def test_encode_and_decode_invert_each_others_layout(family, row):
 
     sampled = [flow_model.encode_image(images, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
     assert torch.equal(sampled[0], sampled[1])
-    assert not torch.equal(sampled[0], sampled[2])
-    assert not torch.equal(sampled[0], latents)
+    assert torch.equal(sampled[0], sampled[2]) != row.samples_images
+    assert torch.equal(sampled[0], latents) != row.samples_images
 
 
 @one_of_each
@@ -395,11 +474,11 @@ def test_gradient_through_decode(family):
 
 
 @one_of_each
-def test_vae_gradient_checkpointing_recomputes_and_gives_the_same_gradient(family):
+def test_vae_gradient_checkpointing_recomputes_and_gives_the_same_gradient(family, row):
     flow_model, _, height, width = family
     latents = flow_model.draw_noise(1, height, width)
     calls = []
-    flow_model.vae.decoder.mid_block.resnets[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    row.vae_block(flow_model.vae).register_forward_pre_hook(lambda *_: calls.append(1))
 
     def gradient():
         calls.clear()
@@ -416,12 +495,37 @@ def test_vae_gradient_checkpointing_recomputes_and_gives_the_same_gradient(famil
 
 
 @one_of_each
+def test_gradient_checkpointing_changes_nothing(family):
+    """Neither the velocity nor, where several forwards wait for one backward, the gradient."""
+    flow_model, guidance_scale, height, width = family
+    flow_model.denoiser.requires_grad_(True)
+    latents = flow_model.draw_noise(len(PROMPTS), height, width, torch.Generator().manual_seed(0))
+    conditionings = [flow_model.encode_prompt(prompts) for prompts in (PROMPTS, PROMPTS[::-1])]
+
+    def velocity_and_gradient():
+        flow_model.denoiser.zero_grad()
+        velocities = [
+            flow_model.velocity(flow_model.denoiser, latents, torch.tensor(0.5), conditioning, guidance_scale)
+            for conditioning in conditionings
+        ]
+        torch.cat(velocities).square().sum().backward()
+        gradients = [p.grad.flatten() for p in flow_model.denoiser.parameters() if p.grad is not None]
+        return torch.cat(velocities), torch.cat(gradients)
+
+    expected = velocity_and_gradient()
+    flow_model.enable_gradient_checkpointing()
+    assert flow_model.denoiser.is_gradient_checkpointing
+    for tensor, plain in zip(velocity_and_gradient(), expected, strict=True):
+        torch.testing.assert_close(tensor, plain, rtol=1e-5, atol=1e-6)
+
+
+@one_of_each
 def test_adapter_wraps_every_attention_layer_and_trains(family):
     flow_model, guidance_scale, height, width = family
     linear = {
         name
         for name, module in flow_model.denoiser.named_modules()
-        if isinstance(module, torch.nn.Linear) and {"attn", "attn2", "attention"} & set(name.split("."))
+        if isinstance(module, torch.nn.Linear) and {"attn", "attn1", "attn2", "attention"} & set(name.split("."))
     }
     noise = flow_model.draw_noise(len(PROMPTS), height, width)
     with torch.no_grad():
@@ -606,6 +710,17 @@ def test_defaults():
     assert sd3.max_sequence_length == 256
     assert dev.default_size == (256, 256)  # as FluxPipeline: 128 latents of 2 pixels here, of 8 in the real one
     assert sd3.default_size == (16, 16)
+    flux2, klein, z_image = map(
+        load_flow_model, (tiny_flux2_pipeline(), tiny_flux2_klein_pipeline(), tiny_z_image_pipeline())
+    )
+    assert [model.default_guidance_scale for model in (flux2, klein, z_image)] == [4.0, 4.0, 5.0]
+    assert [model.negative_prompt for model in (flux2, klein, z_image)] == [None, "", ""]
+    assert [model.max_sequence_length for model in (flux2, klein, z_image)] == [512, 512, 512]
+    assert [model.default_size for model in (flux2, klein, z_image)] == [(256, 256), (256, 256), (1024, 1024)]
+    assert [model.latent_downsample for model in (flux2, klein, z_image)] == [4, 4, 4]
+    assert [model.distilled_model for model in (klein, z_image)] == [
+        "black-forest-labs/FLUX.2-klein-9B", "Tongyi-MAI/Z-Image-Turbo",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -617,6 +732,8 @@ def test_defaults():
         (tiny_qwen_image_pipeline, 16, 18, "width=18 .* Nearest: 16 and 20"),
         (tiny_sd3_pipeline, 16, -8, "width=-8 .* Nearest: 4"),
         (tiny_sd3_pipeline, 36, 16, "height=36 is too large .* 32 pixels"),
+        (tiny_flux2_pipeline, 16, 18, "width=18 .* Nearest: 16 and 20"),
+        (tiny_z_image_pipeline, 260, 16, "height=260 is too large .* 256 pixels"),
     ],
 )
 def test_impossible_sizes_name_the_value_and_the_nearest(build, height, width, message):

@@ -21,13 +21,22 @@ import shutil
 import pytest
 import torch
 from diffusers import (
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxImg2ImgPipeline,
     FluxKontextPipeline,
     StableDiffusion3Img2ImgPipeline,
+    UniPCMultistepScheduler,
 )
-from tiny_models import tiny_flux_pipeline, tiny_qwen_image_pipeline, tiny_sd3_pipeline
+from tiny_models import (
+    tiny_flux2_pipeline,
+    tiny_flux_pipeline,
+    tiny_qwen_image_pipeline,
+    tiny_sana_pipeline,
+    tiny_sd3_pipeline,
+    tiny_z_image_pipeline,
+)
 from transformers import T5EncoderModel
 from transformers.integrations.deepspeed import (
     is_deepspeed_zero3_enabled,
@@ -183,6 +192,40 @@ def test_scheduler_must_integrate_a_flow():
         load_flow_model(pipeline)
 
 
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+
+
+@pytest.mark.parametrize("num_steps", [2, 7, 20])
+@pytest.mark.parametrize(
+    ("scheduler_class", "first", "last"), [(DPMSolverMultistepScheduler, 0.999, 0), (UniPCMultistepScheduler, 1, 1e-3)]
+)
+def test_solvers_of_several_steps_become_euler_with_their_shift(tmp_path, scheduler_class, first, last, num_steps):
+    """Their sigmas before the shift go from `first` to `last` (and then to 0); Euler's from 1 to 0."""
+    pipeline = tiny_sana_pipeline()
+    pipeline.scheduler = scheduler_class(**FLOW)
+    pipeline.save_pretrained(tmp_path)
+    flow_model = load_flow_model(tmp_path)
+    assert type(flow_model.pipeline.scheduler) is FlowMatchEulerDiscreteScheduler
+    sigmas = flow_model.schedule(num_steps, 32, 32)[:-1].double()
+    pipeline.scheduler.set_timesteps(num_steps)
+    unshifted = sigmas / (3 - 2 * sigmas)
+    torch.testing.assert_close(unshifted, 1 - torch.arange(num_steps).double() / num_steps, rtol=0, atol=1e-6)
+    theirs = last + (first - last) * unshifted
+    theirs = 3 * theirs / (1 + 2 * theirs)
+    torch.testing.assert_close(pipeline.scheduler.sigmas[:-1].double(), theirs, rtol=0, atol=2e-6)
+    torch.testing.assert_close(sigmas, theirs, rtol=0, atol=3e-3)  # of the published sigmas
+
+
+@pytest.mark.parametrize(
+    "change", [{"prediction_type": "epsilon"}, {"use_flow_sigmas": False}, {"use_dynamic_shifting": True}]
+)
+def test_solvers_of_no_flow_and_of_another_shift_are_refused(change):
+    pipeline = tiny_sana_pipeline()
+    pipeline.scheduler = DPMSolverMultistepScheduler(**{**FLOW, **change})
+    with pytest.raises(ValueError, match="DPMSolverMultistepScheduler.*FlowMatchEulerDiscreteScheduler"):
+        load_flow_model(pipeline)
+
+
 def test_a_flow_model_of_the_wrong_class_is_refused():
     with pytest.raises(ValueError, match="SD3FlowModel needs a StableDiffusion3Pipeline, got a FluxPipeline"):
         SD3FlowModel(tiny_flux_pipeline())
@@ -218,7 +261,10 @@ def test_whole_weights_without_deepspeed():
     assert not is_deepspeed_zero3_enabled()
 
 
-@pytest.mark.parametrize("make", [tiny_flux_pipeline, tiny_sd3_pipeline, tiny_qwen_image_pipeline])
+@pytest.mark.parametrize(
+    "make",
+    [tiny_flux_pipeline, tiny_sd3_pipeline, tiny_qwen_image_pipeline, tiny_flux2_pipeline, tiny_z_image_pipeline],
+)
 def test_an_impossible_size_is_refused_before_weights_load(make, tmp_path):
     make().save_pretrained(tmp_path)
     for weights in tmp_path.rglob("*.safetensors"):

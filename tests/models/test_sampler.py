@@ -20,7 +20,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import tiny_flux_pipeline, tiny_qwen_image_pipeline, tiny_sd3_pipeline
+from tiny_models import tiny_flux_pipeline, tiny_qwen_image_pipeline, tiny_sd3_pipeline, tiny_z_image_pipeline
 
 from trl_diffusion.flow import log_prob, transition_coefficients, transition_mean
 from trl_diffusion.models import Sampler, load_flow_model
@@ -35,6 +35,7 @@ FAMILIES = {
     "flux": (tiny_flux_pipeline, {"guidance_scale": 3.0}),
     "sd3": (tiny_sd3_pipeline, {"guidance_scale": 3.0, "negative_prompt": "a blurred picture"}),
     "qwen-image": (tiny_qwen_image_pipeline, {"true_cfg_scale": 3.0, "negative_prompt": "a blurred picture"}),
+    "z-image": (tiny_z_image_pipeline, {"guidance_scale": 3.0, "negative_prompt": "a blurred picture"}),
 }
 
 

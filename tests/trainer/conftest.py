@@ -18,13 +18,25 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from tiny_models import tiny_flux_pipeline, tiny_qwen_image_pipeline, tiny_sd3_pipeline
+from tiny_models import (
+    tiny_flux2_klein_pipeline,
+    tiny_flux_pipeline,
+    tiny_qwen_image_pipeline,
+    tiny_sd3_pipeline,
+    tiny_z_image_pipeline,
+)
 
 from trl_diffusion import ChunkGRPOConfig, ChunkGRPOTrainer
 
 
 PROMPTS = ["a cat", "a dog", "a bird", "a fish", "a house on a hill", "rain"]
-PIPELINES = {"flux": tiny_flux_pipeline, "sd3": tiny_sd3_pipeline, "qwen-image": tiny_qwen_image_pipeline}
+PIPELINES = {
+    "flux": tiny_flux_pipeline,
+    "sd3": tiny_sd3_pipeline,
+    "qwen-image": tiny_qwen_image_pipeline,
+    "flux2-klein": tiny_flux2_klein_pipeline,
+    "z-image": tiny_z_image_pipeline,
+}
 
 
 def redness(images, prompts, **columns):

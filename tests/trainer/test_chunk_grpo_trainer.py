@@ -38,7 +38,7 @@ from .conftest import PIPELINES, PROMPTS, generation, gradients, perturb, rednes
 
 
 class TestRun:
-    @pytest.mark.parametrize("family", PIPELINES)
+    @pytest.mark.parametrize("family", ["flux", "sd3", "qwen-image"])
     def test_trains_logs_and_saves(self, make_trainer, family, tmp_path):
         trainer = make_trainer(
             family, guidance_scale=3.0, watch_reward_funcs=[redness], save_strategy="steps", save_steps=2

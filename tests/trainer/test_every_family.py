@@ -148,11 +148,12 @@ def test_the_example_of_the_card_draws_what_the_trainer_draws(run):
         "path/to/this/folder": str(run.folder),
         "torch.bfloat16": "torch.float32",
         'pipe.to("cuda")\n': "",
+        **run.row.card,
         ").images": '    generator=torch.Generator().manual_seed(7),\n    output_type="pt",\n).images',
     }.items():
         assert code.count(old) == 1, old
         code = code.replace(old, new)
-    names = {}
+    names = {"diffusers": diffusers}
     exec(code, names)
     assert type(names["pipe"]) is run.row.model_class.pipeline_class
     aligned, base = (run.trainer.generate(PROMPTS[:1], [7], fraction)[0] for fraction in (1.0, 0.0))

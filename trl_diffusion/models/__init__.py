@@ -13,17 +13,21 @@
 # limitations under the License.
 
 from .base import FlowModel
+from .chroma import ChromaFlowModel
 from .conditioning import Conditioning, open_prompt_store
 from .flux import FluxFlowModel
 from .flux2 import Flux2FlowModel, Flux2KleinFlowModel
 from .loading import FLOW_MODELS, load_flow_model, whole_weights
 from .qwen_image import QwenImageFlowModel
 from .sampler import Sampler
+from .sana import SanaFlowModel
 from .sd3 import SD3FlowModel
+from .z_image import ZImageFlowModel
 
 
 __all__ = [
     "FLOW_MODELS",
+    "ChromaFlowModel",
     "Conditioning",
     "FlowModel",
     "Flux2FlowModel",
@@ -32,6 +36,8 @@ __all__ = [
     "QwenImageFlowModel",
     "SD3FlowModel",
     "Sampler",
+    "ZImageFlowModel",
+    "SanaFlowModel",
     "load_flow_model",
     "open_prompt_store",
     "whole_weights",

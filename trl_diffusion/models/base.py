@@ -95,7 +95,7 @@ class FlowModel(ABC):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     # By their last name, so that the second attention of Stable Diffusion 3.5 medium (`attn2`) is among them.
-    lora_target_modules: ClassVar[list[str]] = [
+    lora_target_modules: list[str] = [
         "to_q",
         "to_k",
         "to_v",
@@ -116,6 +116,8 @@ class FlowModel(ABC):
     """Hub id of the model that this one is distilled from, which is the one to train."""
     distilled_model: str | None = None
     """Hub id of the model that is distilled from this one, on which its adapters run too."""
+    negative_mark: ClassVar[str] = ""
+    """What [`encode`] sees before the negative prompt, where the pipeline encodes it in another way than a prompt."""
     variable_length: ClassVar[tuple[str, ...]] = ()
     """Entries of a prompt's conditioning whose first dimension is the prompt's length: padded, with a mask."""
     patch_size: int = 2
@@ -175,6 +177,11 @@ class FlowModel(ABC):
             )
         self._negative_prompt = negative_prompt
 
+    @property
+    def marked_negative_prompt(self) -> str | None:
+        """The negative prompt as [`encode`] takes it."""
+        return None if self.negative_prompt is None else self.negative_mark + self.negative_prompt
+
     @classmethod
     def check_negative_prompt(cls, negative_prompt: str | None) -> None:
         """Raise a `ValueError` if there is a negative prompt where no guidance would use it."""
@@ -207,6 +214,10 @@ class FlowModel(ABC):
     def is_unused(self, name: str) -> bool:
         """Whether the network's output does not depend on the parameter of this name."""
         return False
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute the denoiser's blocks in the backward pass instead of keeping their activations."""
+        self.denoiser.enable_gradient_checkpointing()
 
     def freeze_unused(self, network: torch.nn.Module) -> None:
         """Freeze parameters that no gradient reaches, of the denoiser as it is or with an adapter: DDP waits for them."""
@@ -331,7 +342,7 @@ class FlowModel(ABC):
         """
         if self.negative_prompt is None:
             return self.collate(self.encode_rows(prompts))
-        batch = self.collate(self.encode_rows([*prompts, self.negative_prompt]))
+        batch = self.collate(self.encode_rows([*prompts, self.marked_negative_prompt]))
         conditioning = {name: tensor[:-1] for name, tensor in batch.items()}
         return add_negative(conditioning, {name: tensor[-1:] for name, tensor in batch.items()}, len(prompts))
 
@@ -601,11 +612,16 @@ class FlowModel(ABC):
         if len(self.latent_shape(height, width)) == 4:  # a VAE of videos
             images = images.unsqueeze(2)
         images = (images * 2 - 1).to(device=self.vae.device, dtype=self.vae.dtype)
-        posterior = self.vae.encode(images).latent_dist
-        latents = posterior.mode() if generator is None else posterior.sample(generator)
-        latents = self.patchify(latents.float())
+        latents = self.patchify(self.encode_pixels(images, generator).float())
         shift, scale = self.latent_statistics(latents)
         return (latents - shift) * scale
+
+    def encode_pixels(
+        self, pixels: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None
+    ) -> torch.Tensor:
+        """What the VAE makes of pixels in [-1, 1]: the mode of its posterior, or a sample if there is a generator."""
+        posterior = self.vae.encode(pixels).latent_dist
+        return posterior.mode() if generator is None else posterior.sample(generator)
 
     def enable_vae_gradient_checkpointing(self) -> None:
         """

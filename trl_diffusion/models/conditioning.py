@@ -125,7 +125,7 @@ class Conditioning:
         Args:
             prompts (`Iterable[str]`): the same on every process; repeated ones cost nothing.
         """
-        negative = self.flow_model.negative_prompt
+        negative = self.flow_model.marked_negative_prompt
         distinct = list(dict.fromkeys([*prompts, *([] if negative is None else [negative])]))
         state = PartialState()
         mine = self._encoded(distinct[state.process_index :: state.num_processes])
@@ -170,7 +170,7 @@ class Conditioning:
             `ValueError`: a prompt must be encoded, and the text encoders are gone.
         """
         self.check_available(prompts)
-        negative = self.flow_model.negative_prompt
+        negative = self.flow_model.marked_negative_prompt
         distinct = list(dict.fromkeys(prompts))
         needed = [*distinct, *([] if negative is None else [negative])]
         if any(prompt not in self._kept and prompt not in self._window for prompt in needed):

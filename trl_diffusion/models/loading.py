@@ -21,18 +21,28 @@ from typing import Any
 
 import torch
 from accelerate.utils import patch_environment
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
 from huggingface_hub import try_to_load_from_cache
 from transformers.integrations import deepspeed
 
 from .. import shapes
 from ..paths import check_exists, not_found
 from .base import FlowModel, check_multiple
+from .chroma import ChromaFlowModel
 from .flux import FluxFlowModel
 from .flux2 import Flux2FlowModel, Flux2KleinFlowModel
 from .passed import make_plain
 from .qwen_image import QwenImageFlowModel
+from .sana import SanaFlowModel
 from .sd3 import SD3FlowModel
+from .z_image import ZImageFlowModel
 
 
 FLOW_MODELS: dict[str, type[FlowModel]] = {
@@ -41,8 +51,11 @@ FLOW_MODELS: dict[str, type[FlowModel]] = {
         FluxFlowModel,
         SD3FlowModel,
         QwenImageFlowModel,
+        ChromaFlowModel,
+        SanaFlowModel,
         Flux2FlowModel,
         Flux2KleinFlowModel,
+        ZImageFlowModel,
     )
 }
 """The supported families: pipeline class name to [`FlowModel`]."""
@@ -67,6 +80,23 @@ def whole_weights() -> Iterator[None]:
     finally:
         if config is not None:
             deepspeed.set_hf_deepspeed_config(config)
+
+
+def euler_of(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """
+    The Euler scheduler of a flow with the shift of one that solves it by several steps at once, in which a step is no
+    transition with a probability; any other scheduler as it is.
+
+    The sigmas are those of the published scheduler but for its smallest unshifted one, 1 / 1000, which Euler's has not:
+    before the shift, with T steps, Euler's k-th is 1 - k / T, that of DPM-Solver++ 0.999 (1 - k / T), and that of UniPC
+    1 - 0.999 k / T. Nor are times rounded to integers.
+    """
+    config = scheduler.config
+    if not isinstance(scheduler, DPMSolverMultistepScheduler | UniPCMultistepScheduler):
+        return scheduler
+    if config.prediction_type != "flow_prediction" or not config.use_flow_sigmas or config.use_dynamic_shifting:
+        return scheduler
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps, shift=config.flow_shift)
 
 
 def load_flow_model(
@@ -108,6 +138,7 @@ def load_flow_model(
             raise ValueError(f"{given} only apply to a model that is still to be loaded, not to a loaded pipeline.")
         flow_model_class = _family_of(type(model).__name__, model)
         make_plain(model)
+        model.scheduler = euler_of(model.scheduler)
         flow_model = flow_model_class(model)
         if negative_prompt is not None:
             flow_model.negative_prompt = negative_prompt

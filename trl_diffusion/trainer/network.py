@@ -76,7 +76,7 @@ def trained_network(flow: FlowModel, args: DiffusionConfig, peft_config: PeftCon
     if args.activation_checkpointing:
         # A diffusers model has another method than the one Trainer would call. Older releases of transformers
         # read the old name.
-        denoiser.enable_gradient_checkpointing()
+        flow.enable_gradient_checkpointing()
         args.activation_checkpointing = args.gradient_checkpointing = False
     if args.attention_backend is not None:
         use_attention_backend(denoiser, args.attention_backend)
