@@ -128,10 +128,10 @@ def gradients(trainer, micro_batch):
     return torch.cat([p.grad.flatten().double() for p in trainer.model.parameters() if p.requires_grad])
 
 
-def off_policy_in_float64(trainer):
+def off_policy_in_float64(trainer, prompts=("a cat", "a dog")):
     """A micro-batch in float64 whose old policy is known, and the policy moved on."""
     perturb(trainer)
-    batch = generation(trainer)[0]
+    batch = generation(trainer, prompts)[0]
     trainer.model.double()
     trainer.flow.dtype = torch.float64
     trainer._transitions_on_device = trainer.transitions
