@@ -175,6 +175,8 @@ def test_presets_are_valid(name, tmp_path):
     # 2 prompts of 12 images a process, two optimizer steps each
     assert config.generation_batch_size == 24
     assert config.steps_per_generation == 2 * config.gradient_accumulation_steps
+    # whole groups on one process, however many there are
+    assert config.consecutive_images == config.num_generations
     if config.train_window is None:
         assert sum(config.chunk_sizes) == 16
     else:

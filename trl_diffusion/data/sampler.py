@@ -48,18 +48,18 @@ class GroupSampler(Sampler[int]):
     number of processes.
 
     A generation batch is `num_processes * steps * batch_size` images. The data loader hands process `p` the rows
-    `[p * steps * batch_size, (p + 1) * steps * batch_size)` of it, which the trainer cuts into `steps` micro-batches.
-    Row `(p, i, r)` (process, micro-batch, row) therefore carries the image with the global index
+    `[p * steps * batch_size, (p + 1) * steps * batch_size)` of it, which it trains in `steps` optimizer steps, each in one
+    micro-batch or several. Row `(p, i, r)` (process, step, row) therefore carries the image with the global index
     `(i * num_processes + p) * batch_size + r`, and image `g` belongs to the prompt `g // num_generations` of the
-    generation batch: micro-batch `i` of all processes together is a contiguous piece of the global order.
+    generation batch: step `i` of all processes together is a contiguous piece of the global order, and so is the part of each.
 
     The order of an epoch depends on `seed` and the epoch alone, so a resumed run goes on where the first one stopped.
 
     Args:
         num_prompts (`int`): size of the dataset.
         num_generations (`int`): images per prompt G.
-        batch_size (`int`): images of a micro-batch on one process.
-        steps (`int`): micro-batches of a generation.
+        batch_size (`int`): images of an optimizer step on one process.
+        steps (`int`): optimizer steps of a generation.
         num_processes (`int`): processes.
         repeats (`int`): how often a generation batch is yielded (steps x passes, as the data loader is read once a
             micro-batch).

@@ -14,6 +14,7 @@
 
 """Settings of the methods that train on images of their own, compared within groups."""
 
+import math
 from dataclasses import dataclass, field
 
 from accelerate.utils import get_int_from_env
@@ -134,6 +135,14 @@ class OnlineConfig(DiffusionConfig):
                 f"{world_size} processes x {self.steps_per_generation} micro-batches). Change num_generations, "
                 "per_device_train_batch_size or gradient_accumulation_steps."
             )
+
+    @property
+    def consecutive_images(self) -> int:
+        """
+        Images of a process that follow one another in the order of all processes' images: those of an optimizer step,
+        whose images are then the same whatever the number of processes, and groups are on as few of them as can be.
+        """
+        return self.per_device_train_batch_size * math.gcd(self.gradient_accumulation_steps, self.steps_per_generation)
 
     @property
     def on_policy(self) -> bool:

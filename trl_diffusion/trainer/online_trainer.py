@@ -81,8 +81,8 @@ class OnlineTrainer(DiffusionTrainer):
     ) -> GroupSampler | GroupStream:
         layout = {
             "num_generations": args.num_generations,
-            "batch_size": args.per_device_train_batch_size,
-            "steps": args.steps_per_generation,
+            "batch_size": args.consecutive_images,
+            "steps": args.per_device_train_batch_size * args.steps_per_generation // args.consecutive_images,
             "num_processes": args.world_size,
             "repeats": args.steps_per_generation * args.num_iterations,
         }
@@ -201,6 +201,12 @@ class OnlineTrainer(DiffusionTrainer):
         with self.rollout_model() as model:
             return self.image_sampler.rollout(prompts, initial, model, transitions, sampling, keep, **shared)
 
+    def _global_index(self, count: int, process: int | None = None) -> list[int]:
+        """The place among the images of all processes of each row of a process, by default this, see [`GroupSampler`]."""
+        size, processes = self.args.consecutive_images, self.accelerator.num_processes
+        rank = self.accelerator.process_index if process is None else process
+        return [(row // size * processes + rank) * size + row % size for row in range(count)]
+
     def _groups(self, index: Sequence[int]) -> list[int]:
         """The group of each image, by its place among the images of all processes."""
         return [place // self.args.num_generations for place in index]
@@ -228,8 +234,8 @@ class OnlineTrainer(DiffusionTrainer):
 
     def _gather_rows(self, values: torch.Tensor) -> torch.Tensor:
         """The rows `(B, ...)` of all processes, a group behind the other."""
-        # process, micro-batch, row -> micro-batch, process, row; see `GroupSampler`
-        processes, size = self.accelerator.num_processes, self.args.per_device_train_batch_size
+        # process, step, row -> step, process, row; see `GroupSampler`
+        processes, size = self.accelerator.num_processes, self.args.consecutive_images
         gathered = self.accelerator.gather(values)
         return gathered.view(processes, -1, size, *values.shape[1:]).transpose(0, 1).flatten(0, 2)
 
@@ -238,7 +244,7 @@ class OnlineTrainer(DiffusionTrainer):
     ) -> torch.Tensor:
         """Advantages `(B,)` of this process's rows, from the scores `(B, R)` of all processes; logs the rewards."""
         args = self.args
-        processes, size = self.accelerator.num_processes, args.per_device_train_batch_size
+        processes, size = self.accelerator.num_processes, args.consecutive_images
         gathered = self._gather_rows(torch.cat([scores, watched], 1))
         rewards, watched = gathered.split([scores.shape[1], watched.shape[1]], 1)
         if rewards.isnan().all():
