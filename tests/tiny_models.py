@@ -36,6 +36,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
@@ -66,6 +68,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -410,6 +414,94 @@ def tiny_sd3_pipeline(seed: int = 0, dynamic_shifting: bool = False) -> StableDi
     return pipeline
 
 
+def _qwen_image_vae() -> AutoencoderKLQwenImage:
+    return AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        latents_mean=[-0.7571, -0.7089, 0.1075, 0.9653],
+        latents_std=[2.8184, 1.4541, 2.3275, 1.2196],
+    )
+
+
+def tiny_krea2_pipeline(seed: int = 0, is_distilled: bool = False) -> Krea2Pipeline:
+    """A Krea 2 pipeline in small, with the published scheduler, float32, on the CPU.
+
+    Args:
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights. The global generator is left as it was.
+        is_distilled (`bool`, *optional*, defaults to `False`):
+            `True` for the likeness of Turbo, `False` for that of Raw.
+    """
+    tokenizer = qwen_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = Krea2Transformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=48,
+            timestep_embed_dim=32,
+            text_hidden_dim=32,
+            num_text_layers=2,
+            text_num_attention_heads=2,
+            text_num_key_value_heads=2,
+            text_intermediate_size=48,
+            num_layerwise_text_blocks=1,
+            num_refiner_text_blocks=1,
+            axes_dims_rope=(4, 6, 6),
+        )
+        text_encoder = Qwen3VLModel(
+            Qwen3VLConfig(
+                text_config={
+                    "vocab_size": len(tokenizer),
+                    "hidden_size": 32,
+                    "intermediate_size": 48,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 4,
+                    "num_key_value_heads": 2,
+                    "head_dim": 8,
+                    "rope_parameters": {
+                        "rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True, "rope_theta": 5e6,
+                    },
+                    "pad_token_id": tokenizer.pad_token_id,
+                },
+                vision_config={
+                    "depth": 1,
+                    "hidden_size": 32,
+                    "intermediate_size": 48,
+                    "num_heads": 2,
+                    "out_hidden_size": 32,
+                    "num_position_embeddings": 16,
+                    "deepstack_visual_indexes": [0],
+                },
+                vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+                vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+                image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+                video_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+            )
+        )  # fmt: skip
+        vae = _qwen_image_vae()
+    # As from_pretrained would return them: without dropout.
+    for module in (transformer, text_encoder, vae):
+        module.eval()
+    pipeline = Krea2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+        text_encoder_select_layers=(1, 2),
+        is_distilled=is_distilled,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def tiny_qwen_image_pipeline(seed: int = 0) -> QwenImagePipeline:
     """A Qwen-Image pipeline in small, with the published scheduler, float32, on the CPU.
 
@@ -457,15 +549,7 @@ def tiny_qwen_image_pipeline(seed: int = 0) -> QwenImagePipeline:
                 video_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
             )
         )
-        vae = AutoencoderKLQwenImage(
-            base_dim=8,
-            z_dim=4,
-            dim_mult=[1, 2],
-            num_res_blocks=1,
-            temperal_downsample=[True],
-            latents_mean=[-0.7571, -0.7089, 0.1075, 0.9653],
-            latents_std=[2.8184, 1.4541, 2.3275, 1.2196],
-        )
+        vae = _qwen_image_vae()
     # As from_pretrained would return them: without dropout.
     for module in (transformer, text_encoder, vae):
         module.eval()

@@ -44,7 +44,12 @@ MODELS = {
     "flux2-dev": "black-forest-labs/FLUX.2-dev",
     "flux2-klein": "black-forest-labs/FLUX.2-klein-base-4B",
     "z-image": "Tongyi-MAI/Z-Image",
+    "chroma": "lodestones/Chroma1-HD",
+    "sana": "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers",
 }
+
+# Of an image on 80 GB, where not that of the others.
+SIDE = {"sana": 1024}
 
 
 def named(path):
@@ -88,7 +93,7 @@ def test_the_command_line_takes_it(path):
     # A LoRA on one card, with its own learning rate; all weights with the papers'.
     assert script_args.use_peft is (place != "paper")
     assert (config.learning_rate >= 1e-4) is (place != "paper")
-    assert (config.height, config.width) == ((512, 512) if place == "24gb" else (720, 720))
+    assert (config.height, config.width) == ((512, 512) if place == "24gb" else (SIDE.get(family, 720),) * 2)
     if method == "srpo":
         processes = 8 if place == "paper" else 1
         assert config.per_device_train_batch_size * config.gradient_accumulation_steps * processes == 32

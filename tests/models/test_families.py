@@ -28,6 +28,7 @@ from tiny_models import (
     tiny_flux2_klein_pipeline,
     tiny_flux2_pipeline,
     tiny_flux_pipeline,
+    tiny_krea2_pipeline,
     tiny_qwen_image_pipeline,
     tiny_sana_pipeline,
     tiny_sd3_pipeline,
@@ -40,6 +41,7 @@ from trl_diffusion.models import (
     Flux2FlowModel,
     Flux2KleinFlowModel,
     FluxFlowModel,
+    Krea2FlowModel,
     QwenImageFlowModel,
     Sampler,
     SanaFlowModel,
@@ -79,6 +81,19 @@ def as_lists(conditioning):
     }
 
 
+def krea2_without_padding(inputs):
+    """What its pipeline gives the network, without the padding between a prompt and the end of the template."""
+    kept = inputs["encoder_attention_mask"]
+    embeds = [row[mask] for row, mask in zip(inputs["encoder_hidden_states"], kept, strict=True)]
+    lengths = kept.sum(1)
+    return {
+        **inputs,
+        "encoder_hidden_states": torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True),
+        "encoder_attention_mask": torch.arange(lengths.max()) < lengths[:, None],
+        "position_ids": inputs["position_ids"][kept.shape[1] - lengths.max() :],  # those of text are all 0
+    }
+
+
 @dataclass(frozen=True)
 class Family:
     """A tiny pipeline with what its own call is told, and how its latents lie."""
@@ -101,6 +116,7 @@ class Family:
     answer_layout: Callable | None = None  # of the latents that the pipeline gives, where not that of those it takes
     inputs: tuple[str, ...] = ("hidden_states", "timestep", "encoder_hidden_states")  # latents, time and text
     time: Callable = lambda sigma: sigma
+    pipeline_inputs: Callable = lambda inputs: inputs  # of the network, as far as they differ from ours
     embeddings: Callable = lambda conditioning: conditioning  # as the pipeline's call takes them
     card: dict[str, str] = field(
         default_factory=dict
@@ -153,6 +169,23 @@ SANA = {
     "samples_images": False,
     "vae_block": lambda vae: vae.decoder.up_blocks[2][0],
     "max_sequence_length": 64,
+}
+KREA2 = {
+    "build": tiny_krea2_pipeline,
+    "model_class": Krea2FlowModel,
+    "layout": packed,
+    "unguided_scale": 0.0,
+    "takes_negative_prompt": True,
+    "pipeline_inputs": krea2_without_padding,
+    "frames": True,
+    "max_sequence_length": 64,
+}
+KREA2_TURBO = {
+    **KREA2,
+    "arguments": {"is_distilled": True},
+    "guided": False,
+    "takes_negative_prompt": False,
+    "undistilled_model": "krea/Krea-2-Raw",
 }
 FLUX2 = {
     "build": tiny_flux2_pipeline,
@@ -212,6 +245,10 @@ FAMILIES = {
     ),
     "sana": Family(**SANA, guidance_scale=1.0, height=32, width=32),
     "sana-guided-wide": Family(**SANA, guidance_scale=4.5, height=32, width=64, num_steps=8),
+    "krea2-raw": Family(**KREA2, guidance_scale=0.0, height=16, width=16),
+    "krea2-raw-guided": Family(**KREA2, guidance_scale=4.5, height=16, width=24, num_steps=8),
+    "krea2-raw-guided-high": Family(**KREA2, guidance_scale=0.5, height=24, width=16),
+    "krea2-turbo": Family(**KREA2_TURBO, guidance_scale=0.0, height=24, width=16, num_steps=3),
     "flux2-dev": Family(**FLUX2, guidance_scale=4.0, height=16, width=24),
     "flux2-dev-high": Family(**FLUX2, guidance_scale=2.5, height=24, width=16, num_steps=8),
     "flux2-klein-base": Family(**KLEIN, guidance_scale=1.0, height=16, width=16),
@@ -226,7 +263,7 @@ FAMILIES = {
 ONE_OF_EACH = [
     "flux-dev", "flux-schnell", "sd3-guided", "qwen-image-guided", "flux2-dev", "flux2-klein-base-guided", "flux2-klein",
     "z-image-guided", "z-image-turbo",
-    "chroma-guided-wide", "sana-guided-wide",
+    "chroma-guided-wide", "sana-guided-wide", "krea2-raw-guided", "krea2-turbo",
 ]  # fmt: skip
 
 
@@ -420,7 +457,7 @@ def test_the_network_gets_what_the_pipeline_gives_it(family, row):
         ),
     )
     assert actual.keys() == expected.keys() >= set(row.inputs)
-    for name, tensor in expected.items():
+    for name, tensor in row.pipeline_inputs(expected).items():
         torch.testing.assert_close(actual[name], tensor, rtol=0, atol=1e-5, check_dtype=False)
     first, second = actual[row.inputs[2]]
     assert first.shape != second.shape or not torch.equal(first, second)

@@ -45,7 +45,7 @@ PEFT_PREFIX = "base_model.model."
 COMFYUI_NETWORKS = (
     "FluxTransformer2DModel", "SD3Transformer2DModel", "QwenImageTransformer2DModel", "Flux2Transformer2DModel",
     "ZImageTransformer2DModel",
-    "ChromaTransformer2DModel",
+    "ChromaTransformer2DModel", "Krea2Transformer2DModel",
 )  # fmt: skip
 # Those that it knows by its own names only, or knows by diffusers' since lately: single blocks of FLUX.2,
 # https://github.com/Comfy-Org/ComfyUI/issues/11926.

@@ -38,6 +38,7 @@ from .base import FlowModel, check_multiple
 from .chroma import ChromaFlowModel
 from .flux import FluxFlowModel
 from .flux2 import Flux2FlowModel, Flux2KleinFlowModel
+from .krea2 import Krea2FlowModel
 from .passed import make_plain
 from .qwen_image import QwenImageFlowModel
 from .sana import SanaFlowModel
@@ -53,6 +54,7 @@ FLOW_MODELS: dict[str, type[FlowModel]] = {
         QwenImageFlowModel,
         ChromaFlowModel,
         SanaFlowModel,
+        Krea2FlowModel,
         Flux2FlowModel,
         Flux2KleinFlowModel,
         ZImageFlowModel,
