@@ -309,9 +309,9 @@ def test_memory_over_three_windows_at_the_size_of_flux():
     )
     assert run.returncode == 0, run.stderr
     held = [float(line.split()[1]) for line in run.stdout.splitlines() if line.startswith("held")]
-    # A window is 96 MiB; as much again is what the encoder's own temporaries leave in the heap, on the CPU.
-    assert 90 < held[0] < 250, held
-    assert held[2] < held[0] + 48, held
+    # A window is 96 MiB; as much again is what the encoder's own temporaries leave in the heap, on the CPU, with the first
+    # window or a later one. Three windows would be 288.
+    assert held[0] > 90 and max(held) < 250, held
 
 
 SCRIPT = """
