@@ -45,6 +45,7 @@ MODELS = {
     "flux2-klein": "black-forest-labs/FLUX.2-klein-base-4B",
     "z-image": "Tongyi-MAI/Z-Image",
     "chroma": "lodestones/Chroma1-HD",
+    "krea2": "krea/Krea-2-Raw",
     "sana": "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers",
 }
 

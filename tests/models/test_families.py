@@ -758,6 +758,12 @@ def test_defaults():
     assert [model.distilled_model for model in (klein, z_image)] == [
         "black-forest-labs/FLUX.2-klein-9B", "Tongyi-MAI/Z-Image-Turbo",
     ]  # fmt: skip
+    chroma, sana, krea2 = map(load_flow_model, (tiny_chroma_pipeline(), tiny_sana_pipeline(), tiny_krea2_pipeline()))
+    assert [model.default_guidance_scale for model in (chroma, sana, krea2)] == [5.0, 4.5, 4.5]
+    assert [model.max_sequence_length for model in (chroma, sana, krea2)] == [512, 300, 512]
+    assert [model.default_size for model in (chroma, sana, krea2)] == [(256, 256), (32, 32), (1024, 1024)]
+    assert [model.latent_downsample for model in (chroma, sana, krea2)] == [4, 4, 4]
+    assert krea2.distilled_model == "krea/Krea-2-Turbo"
 
 
 @pytest.mark.parametrize(
@@ -770,6 +776,7 @@ def test_defaults():
         (tiny_sd3_pipeline, 16, -8, "width=-8 .* Nearest: 4"),
         (tiny_sd3_pipeline, 36, 16, "height=36 is too large .* 32 pixels"),
         (tiny_flux2_pipeline, 16, 18, "width=18 .* Nearest: 16 and 20"),
+        (tiny_sana_pipeline, 16, 18, "width=18 .* Nearest: 16 and 20"),
         (tiny_z_image_pipeline, 260, 16, "height=260 is too large .* 256 pixels"),
     ],
 )

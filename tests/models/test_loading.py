@@ -30,8 +30,10 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from tiny_models import (
+    tiny_chroma_pipeline,
     tiny_flux2_pipeline,
     tiny_flux_pipeline,
+    tiny_krea2_pipeline,
     tiny_qwen_image_pipeline,
     tiny_sana_pipeline,
     tiny_sd3_pipeline,
@@ -127,6 +129,19 @@ def test_loads_a_folder_of_qwen_image(tmp_path):
     )
     assert torch.equal(actual["prompt_embeds"], expected["prompt_embeds"])
     assert actual["negative_prompt_embeds_mask"].sum() == expected["negative_prompt_embeds_mask"].sum() + len("dull")
+
+
+def test_stable_diffusion_turbo_is_known_by_its_name(tmp_path):
+    pipeline = tiny_sd3_pipeline()
+    for name, undistilled in (("sd3.5-turbo", "stabilityai/stable-diffusion-3.5-large"), ("turbo", None)):
+        folder = tmp_path / name if undistilled else tmp_path / "turbo" / "sd3.5-medium"
+        pipeline.save_pretrained(folder)
+        flow_model = load_flow_model(folder)
+        assert flow_model.undistilled_model == undistilled and flow_model.distilled_model is None
+        assert flow_model.has_guidance == (undistilled is None)
+        assert flow_model.default_guidance_scale == (7.0 if undistilled is None else 1.0)
+    pipeline.transformer.register_to_config(num_layers=38)
+    assert load_flow_model(pipeline).distilled_model == "stabilityai/stable-diffusion-3.5-large-turbo"
 
 
 def test_negative_prompt_is_refused_before_weights_load(flux_folder, tmp_path):
@@ -263,8 +278,11 @@ def test_whole_weights_without_deepspeed():
 
 @pytest.mark.parametrize(
     "make",
-    [tiny_flux_pipeline, tiny_sd3_pipeline, tiny_qwen_image_pipeline, tiny_flux2_pipeline, tiny_z_image_pipeline],
-)
+    [
+        tiny_flux_pipeline, tiny_sd3_pipeline, tiny_qwen_image_pipeline, tiny_flux2_pipeline, tiny_z_image_pipeline,
+        tiny_chroma_pipeline, tiny_sana_pipeline, tiny_krea2_pipeline,
+    ],
+)  # fmt: skip
 def test_an_impossible_size_is_refused_before_weights_load(make, tmp_path):
     make().save_pretrained(tmp_path)
     for weights in tmp_path.rglob("*.safetensors"):

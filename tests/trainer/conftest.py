@@ -19,9 +19,12 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tiny_models import (
+    tiny_chroma_pipeline,
     tiny_flux2_klein_pipeline,
     tiny_flux_pipeline,
+    tiny_krea2_pipeline,
     tiny_qwen_image_pipeline,
+    tiny_sana_pipeline,
     tiny_sd3_pipeline,
     tiny_z_image_pipeline,
 )
@@ -36,6 +39,9 @@ PIPELINES = {
     "qwen-image": tiny_qwen_image_pipeline,
     "flux2-klein": tiny_flux2_klein_pipeline,
     "z-image": tiny_z_image_pipeline,
+    "chroma": tiny_chroma_pipeline,
+    "sana": tiny_sana_pipeline,
+    "krea2": tiny_krea2_pipeline,
 }
 
 

@@ -174,7 +174,8 @@ def load_flow_model(
     flow_model_class.check_negative_prompt(negative_prompt)
     # Those that are not given.
     names = [name for name in config if name.startswith("text_encoder") and name not in kwargs]
-    names = [name for name in names if config[name] != [None, None]]
+    # Of a part [library, class]; of one that the pipeline is without, twice None. Krea 2 has a list of layers too.
+    names = [name for name in names if isinstance(config[name][0], str)]
 
     def load(**components: None) -> DiffusionPipeline:
         with whole_weights():

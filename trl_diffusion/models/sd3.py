@@ -12,15 +12,21 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+from pathlib import Path
+
 import torch
 from diffusers import StableDiffusion3Pipeline
 
 from .base import FlowModel
 
 
+# Layers of Stable Diffusion 3.5 large; medium has 24.
+LARGE_LAYERS = 38
+
+
 class SD3FlowModel(FlowModel):
     """
-    Stable Diffusion 3 and 3.5, with true classifier-free guidance.
+    Stable Diffusion 3 and 3.5, with true classifier-free guidance, and 3.5 large turbo, without guidance.
 
     The conditioning holds `prompt_embeds` `(B, L, D)` and `pooled_prompt_embeds` `(B, P)`.
 
@@ -37,6 +43,11 @@ class SD3FlowModel(FlowModel):
     def __init__(self, pipeline: StableDiffusion3Pipeline):
         super().__init__(pipeline)
         self.patch_size = pipeline.patch_size
+        # Large turbo differs from large by its weights alone.
+        if "turbo" in Path(pipeline.name_or_path or "").name:
+            self.set_distilled("stabilityai/stable-diffusion-3.5-large")
+        elif self.transformer_config.num_layers == LARGE_LAYERS:
+            self.distilled_model = "stabilityai/stable-diffusion-3.5-large-turbo"
 
     @property
     def max_size(self) -> int:
