@@ -45,12 +45,13 @@ demo-srpo: $(INSTALLED)
 test: $(INSTALLED_ALL)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TEST_ARGS)
 
-# DeepSpeed stays out: it would be built against the torch of the day.
+# DeepSpeed stays out: it would be built against the torch of the day. Compiled here, as pip does: where Python may not
+# write bytecode, each of the suite's processes would otherwise compile all that it imports, for a minute.
 $(INSTALLED_FLOORS): pyproject.toml
 	$(PYTHON) -m venv --clear $(FLOORS)
 	$(FLOORS)/bin/python -m pip install --disable-pip-version-check uv
 	echo deepspeed > $(FLOORS)/excluded.txt
-	$(FLOORS)/bin/uv pip install --python $(FLOORS)/bin/python --resolution lowest-direct --excludes $(FLOORS)/excluded.txt -e ".[quantization,test]"
+	$(FLOORS)/bin/uv pip install --python $(FLOORS)/bin/python --compile-bytecode --resolution lowest-direct --excludes $(FLOORS)/excluded.txt -e ".[quantization,test]"
 	touch $(INSTALLED_FLOORS)
 
 floors: $(INSTALLED_FLOORS)
