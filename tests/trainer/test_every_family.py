@@ -37,8 +37,11 @@ from ..models.test_families import FAMILIES, ONE_OF_EACH, Family
 PROMPTS = ["a cat", "a dog on a hill in the rain"]
 NUM_STEPS = 4
 REWARD = """
+import numpy as np
+
+
 def brightness(images, prompts, **columns):
-    return [sum(image.resize((1, 1)).getpixel((0, 0))) / 255 for image in images]
+    return [float(np.asarray(image).mean()) for image in images]
 """
 
 
