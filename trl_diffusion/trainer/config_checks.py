@@ -66,6 +66,7 @@ CANNOT_ACT = {
     "train_sampling_strategy": _LENGTH,
     "length_column_name": _LENGTH,
     "group_by_length": _LENGTH,
+    "logging_dir": "Set the environment variable TENSORBOARD_LOGGING_DIR instead.",
     "enable_jit_checkpoint": "SIGTERM saves a checkpoint by itself.",
     "parallelism_config": "Use DDP, DeepSpeed ZeRO or FSDP2 through accelerate's configuration instead.",
 }
