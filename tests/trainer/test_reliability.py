@@ -533,6 +533,11 @@ def environment():
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
+def needs_deepspeed(config):
+    if config.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="needs the extra 'deepspeed'")
+
+
 def launch(folder, faults, config="multi_gpu", **settings):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
     command += ["--config_file", str(CONFIGS / f"{config}.yaml"), str(TESTS / "trainer" / "faulty_run.py")]
@@ -551,6 +556,7 @@ class TestTwoProcesses:
     @pytest.mark.parametrize("config", ["multi_gpu", "zero2", "zero3", "fsdp2"])
     def test_all_skip_the_steps_and_stop_at_the_reward_of_one(self, tmp_path, config):
         """The second process has a NaN in step 2 and an infinite gradient in step 3; in step 5 its reward is out of order."""
+        needs_deepspeed(config)
         faults = {"nan": 1, "gradient": 2, "raise": 4}
         # With an average, the adapter's file has that; under DDP policies.safetensors has the weights as well.
         ema_decay = 0.9 if config == "multi_gpu" else None
@@ -580,6 +586,7 @@ class TestTwoProcesses:
     )
     def test_full_disk(self, tmp_path, config, room, on_save_error):
         """The campaign of `make campaigns` in short."""
+        needs_deepspeed(config)
         try:
             checkpoint = full_disk.bytes_of_a_checkpoint(config, tmp_path)
         except full_disk.CannotMount as error:
