@@ -17,6 +17,7 @@
 import os
 import random
 import shutil
+import sys
 import tempfile
 
 
@@ -66,3 +67,14 @@ def fixed_seeds():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def modules_of_a_test_are_forgotten(tmp_path_factory):
+    """So that a module which a test writes and imports is not that of another test of the same name."""
+    before = set(sys.modules)
+    yield
+    folder = str(tmp_path_factory.getbasetemp())
+    for name in sys.modules.keys() - before:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(folder):
+            del sys.modules[name]
