@@ -18,10 +18,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.timeout(600)  # three trainings start
 def test_every_setting_is_a_row(tmp_path):
     command = ["examples/benchmarks/threads.py", "--steps", "1", "--rounds", "1", "--settings", "one thread"]
     done = subprocess.run(
