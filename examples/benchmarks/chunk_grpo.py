@@ -56,6 +56,8 @@ class TimedTrainer(ChunkGRPOTrainer):
         self.seconds = dict.fromkeys(PHASES, 0.0)
         backward = self.accelerator.backward
         self.accelerator.backward = lambda *args, **kwargs: self.count("backward", backward, *args, **kwargs)
+        score = self.scorer.score
+        self.scorer.score = lambda *args, **kwargs: self.count("reward", score, *args, **kwargs)
         # The one forward of rollout and update.
         velocity = self.image_sampler.velocity
         self.image_sampler.velocity = lambda *args, **kwargs: self.count(
@@ -76,9 +78,6 @@ class TimedTrainer(ChunkGRPOTrainer):
 
     def decode(self, *args, **kwargs):
         return self.count("decode", super().decode, *args, **kwargs)
-
-    def score(self, *args, **kwargs):
-        return self.count("reward", super().score, *args, **kwargs)
 
 
 class StepTimes(TrainerCallback):
