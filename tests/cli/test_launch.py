@@ -28,6 +28,9 @@ from trl_diffusion.cli.chunk_grpo import main
 from trl_diffusion.cli.launch import config_path
 
 
+# Each test starts several runs of several processes.
+pytestmark = pytest.mark.timeout(900)
+
 NAMES = ["fsdp2", "multi_gpu", "zero1", "zero2", "zero3"]
 
 

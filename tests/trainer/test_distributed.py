@@ -24,6 +24,9 @@ import pytest
 from safetensors.torch import load_file
 
 
+# Each test starts several runs of several processes.
+pytestmark = pytest.mark.timeout(900)
+
 SCRIPT = Path(__file__).parent / "distributed_run.py"
 
 

@@ -34,6 +34,9 @@ from .sharded_run import make_trainer
 
 pytest.importorskip("deepspeed", reason="needs the extra 'deepspeed'")
 
+# Each test starts several runs of several processes.
+pytestmark = pytest.mark.timeout(900)
+
 SCRIPT = Path(__file__).parent / "sharded_run.py"
 CONFIGS = Path(trl_diffusion.__file__).parent / "accelerate_configs"
 RUNS = ["chunk_grpo", "srpo", "chunk_grpo_full", "srpo_full"]
