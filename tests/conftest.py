@@ -76,5 +76,5 @@ def modules_of_a_test_are_forgotten(tmp_path_factory):
     yield
     folder = str(tmp_path_factory.getbasetemp())
     for name in sys.modules.keys() - before:
-        if str(getattr(sys.modules[name], "__file__", None)).startswith(folder):
+        if str(vars(sys.modules[name]).get("__file__")).startswith(folder):
             del sys.modules[name]

@@ -20,6 +20,7 @@ pixels. Weights are random but fixed by `seed`.
 
 import inspect
 import string
+from typing import Any
 
 import torch
 from diffusers import (
@@ -29,6 +30,7 @@ from diffusers import (
     AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -203,6 +205,16 @@ def _vae() -> AutoencoderKL:
     )
 
 
+def _ready(pipeline_class: type[DiffusionPipeline], **parts: Any) -> DiffusionPipeline:
+    """A pipeline as `from_pretrained` would return it: without dropout."""
+    pipeline = pipeline_class(**parts)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def tiny_flux_pipeline(
     guidance_embeds: bool = True, seed: int = 0, dynamic_shifting: bool | None = None
 ) -> FluxPipeline:
@@ -236,10 +248,8 @@ def tiny_flux_pipeline(
         text_encoder = CLIPTextModel(_clip_text_config(tokenizer))
         text_encoder_2 = _t5_encoder(tokenizer_2, hidden_size=32)
         vae = _vae()
-    # As from_pretrained would return them: without dropout.
-    for module in (transformer, text_encoder, text_encoder_2, vae):
-        module.eval()
-    pipeline = FluxPipeline(
+    return _ready(
+        FluxPipeline,
         scheduler=FlowMatchEulerDiscreteScheduler(
             shift=3.0 if dynamic_shifting else 1.0, use_dynamic_shifting=dynamic_shifting
         ),
@@ -250,8 +260,6 @@ def tiny_flux_pipeline(
         tokenizer_2=tokenizer_2,
         transformer=transformer,
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def tiny_chroma_pipeline(seed: int = 0, dynamic_shifting: bool = True) -> ChromaPipeline:
@@ -280,18 +288,14 @@ def tiny_chroma_pipeline(seed: int = 0, dynamic_shifting: bool = True) -> Chroma
         )
         text_encoder = _t5_encoder(tokenizer, hidden_size=32)
         vae = _vae()
-    # As from_pretrained would return them: without dropout.
-    for module in (transformer, text_encoder, vae):
-        module.eval()
-    pipeline = ChromaPipeline(
+    return _ready(
+        ChromaPipeline,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic_shifting),
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         transformer=transformer,
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def tiny_sana_pipeline(seed: int = 0) -> SanaPipeline:
@@ -349,10 +353,8 @@ def tiny_sana_pipeline(seed: int = 0) -> SanaPipeline:
             scaling_factor=0.41407,
             **blocks,
         )
-    # As from_pretrained would return them: without dropout.
-    for module in (transformer, text_encoder, vae):
-        module.eval()
-    pipeline = SanaPipeline(
+    return _ready(
+        SanaPipeline,
         scheduler=DPMSolverMultistepScheduler(
             algorithm_type="dpmsolver++", prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
@@ -361,8 +363,6 @@ def tiny_sana_pipeline(seed: int = 0) -> SanaPipeline:
         tokenizer=tokenizer,
         transformer=transformer,
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def tiny_sd3_pipeline(seed: int = 0, dynamic_shifting: bool = False) -> StableDiffusion3Pipeline:
@@ -396,10 +396,8 @@ def tiny_sd3_pipeline(seed: int = 0, dynamic_shifting: bool = False) -> StableDi
         text_encoder_2 = CLIPTextModelWithProjection(_clip_text_config(tokenizer_2))
         text_encoder_3 = _t5_encoder(tokenizer_3, hidden_size=64)
         vae = _vae()
-    # As from_pretrained would return them: without dropout.
-    for module in (transformer, text_encoder, text_encoder_2, text_encoder_3, vae):
-        module.eval()
-    pipeline = StableDiffusion3Pipeline(
+    return _ready(
+        StableDiffusion3Pipeline,
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic_shifting),
         vae=vae,
@@ -410,8 +408,6 @@ def tiny_sd3_pipeline(seed: int = 0, dynamic_shifting: bool = False) -> StableDi
         text_encoder_3=text_encoder_3,
         tokenizer_3=tokenizer_3,
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def _qwen_image_vae() -> AutoencoderKLQwenImage:
@@ -486,10 +482,8 @@ def tiny_krea2_pipeline(seed: int = 0, is_distilled: bool = False) -> Krea2Pipel
             )
         )  # fmt: skip
         vae = _qwen_image_vae()
-    # As from_pretrained would return them: without dropout.
-    for module in (transformer, text_encoder, vae):
-        module.eval()
-    pipeline = Krea2Pipeline(
+    return _ready(
+        Krea2Pipeline,
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400),
         vae=vae,
         text_encoder=text_encoder,
@@ -498,8 +492,6 @@ def tiny_krea2_pipeline(seed: int = 0, is_distilled: bool = False) -> Krea2Pipel
         text_encoder_select_layers=(1, 2),
         is_distilled=is_distilled,
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def tiny_qwen_image_pipeline(seed: int = 0) -> QwenImagePipeline:
@@ -550,10 +542,8 @@ def tiny_qwen_image_pipeline(seed: int = 0) -> QwenImagePipeline:
             )
         )
         vae = _qwen_image_vae()
-    # As from_pretrained would return them: without dropout.
-    for module in (transformer, text_encoder, vae):
-        module.eval()
-    pipeline = QwenImagePipeline(
+    return _ready(
+        QwenImagePipeline,
         scheduler=FlowMatchEulerDiscreteScheduler(
             shift=1.0,
             use_dynamic_shifting=True,
@@ -567,8 +557,6 @@ def tiny_qwen_image_pipeline(seed: int = 0) -> QwenImagePipeline:
         tokenizer=tokenizer,
         transformer=transformer,
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def _flux2_parts(guidance_embeds: bool, joint_attention_dim: int) -> dict[str, torch.nn.Module]:
@@ -655,12 +643,7 @@ def tiny_flux2_pipeline(guidance_embeds: bool = True, seed: int = 0) -> Flux2Pip
                 },
             )
         )
-    # As from_pretrained would return them: without dropout.
-    for module in (parts["transformer"], parts["vae"], text_encoder):
-        module.eval()
-    pipeline = Flux2Pipeline(text_encoder=text_encoder, tokenizer=tokenizer, **parts)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return _ready(Flux2Pipeline, text_encoder=text_encoder, tokenizer=tokenizer, **parts)
 
 
 def tiny_flux2_klein_pipeline(is_distilled: bool = False, seed: int = 0) -> Flux2KleinPipeline:
@@ -677,12 +660,9 @@ def tiny_flux2_klein_pipeline(is_distilled: bool = False, seed: int = 0) -> Flux
         torch.manual_seed(seed)
         parts = _flux2_parts(guidance_embeds=False, joint_attention_dim=48)
         text_encoder = Qwen3ForCausalLM(_qwen3_config(tokenizer, num_hidden_layers=27))
-    # As from_pretrained would return them: without dropout.
-    for module in (parts["transformer"], parts["vae"], text_encoder):
-        module.eval()
-    pipeline = Flux2KleinPipeline(text_encoder=text_encoder, tokenizer=tokenizer, is_distilled=is_distilled, **parts)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return _ready(
+        Flux2KleinPipeline, text_encoder=text_encoder, tokenizer=tokenizer, is_distilled=is_distilled, **parts
+    )
 
 
 def tiny_z_image_pipeline(shift: float = 6.0, seed: int = 0) -> ZImagePipeline:
@@ -712,15 +692,11 @@ def tiny_z_image_pipeline(shift: float = 6.0, seed: int = 0) -> ZImagePipeline:
             torch.nn.init.normal_(pad_token)
         text_encoder = Qwen3Model(_qwen3_config(tokenizer, num_hidden_layers=2))
         vae = _vae()
-    # As from_pretrained would return them: without dropout.
-    for module in (transformer, text_encoder, vae):
-        module.eval()
-    pipeline = ZImagePipeline(
+    return _ready(
+        ZImagePipeline,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         transformer=transformer,
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline

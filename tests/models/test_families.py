@@ -49,7 +49,7 @@ from trl_diffusion.models import (
     ZImageFlowModel,
     load_flow_model,
 )
-from trl_diffusion.models.base import clamp_with_inward_gradient
+from trl_diffusion.models.vae_gradients import clamp_with_inward_gradient
 
 
 PROMPTS = ["a small red circle on white", "a large blue square on black, seen from afar"]

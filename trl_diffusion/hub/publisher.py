@@ -183,7 +183,7 @@ class Publisher:
             self.push_in_progress.wait_until_done()
 
     @contextlib.contextmanager
-    def losses_denied(self) -> Iterator[None]:
+    def telling_where_the_model_is(self) -> Iterator[None]:
         """Errors within this context say that the model is saved, and how to push it later."""
         try:
             yield

@@ -25,7 +25,8 @@ from accelerate.utils.memory import clear_device_cache
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils.torch_utils import randn_tensor
-from torch.utils.checkpoint import checkpoint
+
+from .vae_gradients import recomputed
 
 
 _NEGATIVE = "negative_"
@@ -634,46 +635,4 @@ class FlowModel(ABC):
             self.vae.enable_gradient_checkpointing()
         else:
             for block in (self.vae.decoder.mid_block, *self.vae.decoder.up_blocks):
-                block.forward = _recomputed(block.forward)
-
-
-def _recomputed(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The forward of a block of a causal VAE, recomputed in the backward pass."""
-
-    def recomputed(x: torch.Tensor, feat_cache: list | None = None, feat_idx: list[int] | None = None) -> torch.Tensor:
-        if not torch.is_grad_enabled() or feat_cache is None:
-            return forward(x, feat_cache, feat_idx)
-        # A block takes from the cache the last frames of the chunk before and leaves its own there, at a place that it
-        # counts on. Each run begins with the cache as it was.
-        cache_before, index_before = list(feat_cache), list(feat_idx)
-
-        def run(x: torch.Tensor) -> torch.Tensor:
-            feat_cache[:], feat_idx[:] = cache_before, index_before
-            return forward(x, feat_cache, feat_idx)
-
-        return checkpoint(run, x, use_reentrant=False)
-
-    return recomputed
-
-
-class _ClampWithInwardGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, low, high):
-        ctx.save_for_backward(x)
-        ctx.bounds = low, high
-        return x.clamp(low, high)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (x,), (low, high) = ctx.saved_tensors, ctx.bounds
-        # Descent moves against the gradient.
-        outward = ((x > high) & (gradient < 0)) | ((x < low) & (gradient > 0))
-        return gradient.masked_fill(outward, 0), None, None
-
-
-def clamp_with_inward_gradient(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """
-    `x.clamp(low, high)` with a gradient also where x lies outside, if a step against the gradient moves it back towards
-    the inside. The gradient of `clamp` is zero there, so that no loss could ever bring such an element back.
-    """
-    return _ClampWithInwardGradient.apply(x, low, high)
+                block.forward = recomputed(block.forward)

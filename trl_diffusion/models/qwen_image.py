@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from diffusers import QwenImagePipeline
 
-from .base import FlowModel, clamp_with_inward_gradient
+from .base import FlowModel
+from .vae_gradients import clamp_with_inward_gradient
 
 
 class QwenImageFlowModel(FlowModel):

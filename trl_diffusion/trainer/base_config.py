@@ -518,6 +518,11 @@ class DiffusionConfig(TrainingArguments):
                 "multi_gpu, ZeRO-1 or ZeRO-2, or no quantization."
             )
 
+    @property
+    def consecutive_images(self) -> int:
+        """Images of a process that follow one another in the order of all processes' images."""
+        return self.per_device_train_batch_size
+
     def check_optimizer_with_modes(self, name: str) -> None:
         """
         Refuse what an optimizer with train and eval modes cannot be used with.

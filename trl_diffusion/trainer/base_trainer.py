@@ -51,7 +51,7 @@ from .callbacks import EpochCallback, SampleImagesCallback
 from .card import card_facts
 from .construction import begin_conditioning, load_model, make_sampler
 from .construction_checks import check_args, check_arguments, check_best_metric, check_writable
-from .measures import RunningMetrics, Speed, lora_update_norm
+from .measures import RunningMetrics, Speed, lora_update_norm, mean_of_known
 from .network import adapter_settings, load_network, save_network, trained_network
 from .publishing import PublishingTrainer
 
@@ -264,7 +264,7 @@ class DiffusionTrainer(PublishingTrainer):
 
     def _global_index(self, count: int, process: int | None = None) -> list[int]:
         """The place among the images of all processes of each row of a process, by default this, see [`GroupSampler`]."""
-        size, processes = self.args.per_device_train_batch_size, self.accelerator.num_processes
+        size, processes = self.args.consecutive_images, self.accelerator.num_processes
         rank = self.accelerator.process_index if process is None else process
         return [(row // size * processes + rank) * size + row % size for row in range(count)]
 
@@ -351,13 +351,14 @@ class DiffusionTrainer(PublishingTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            metrics = self._take_metrics()
             speed = self._speed.take(self.state.global_step, self.accelerator.num_processes)
-            logs = {**logs, **self._take_metrics(), **speed, "skipped_steps": self._skipped_steps}
+            logs = {**logs, **metrics, **speed, "skipped_steps": self._skipped_steps}
         super().log(logs, start_time)
 
     def _take_metrics(self) -> dict[str, float]:
         """The metrics of the training since the last log; called on every process."""
-        metrics = {name: _mean(values) for name, values in self._metrics["train"].items()}
+        metrics = {name: mean_of_known(values) for name, values in self._metrics["train"].items()}
         self._metrics["train"].clear()
         metrics |= self._running_metrics.take(self.accelerator)
         with self._trained_weights_gathered():
@@ -411,8 +412,14 @@ class DiffusionTrainer(PublishingTrainer):
         scores = self.scorer.score(self.rewards, images, prompts, columns)
         watched = self.scorer.score(self.watched_rewards, images, prompts, columns)
         total = (scores * self.reward_weights.to(scores.device)).nansum(1)
-        names = DiffusionTrainer._evaluation_names(self)  # a subclass has more
-        return dict(zip(names, [total, *scores.unbind(1), *watched.unbind(1)], strict=True))
+        return {
+            "reward": total,
+            **{f"rewards/{name}/mean": column for name, column in zip(self.rewards, scores.unbind(1), strict=True)},
+            **{
+                f"watch/{name}/mean": column
+                for name, column in zip(self.watched_rewards, watched.unbind(1), strict=True)
+            },
+        }
 
     def _results_for_card(self, with_metrics: bool) -> dict[str, Any]:
         args, results = self.args, {}
@@ -485,9 +492,3 @@ def _as_list(value: Any) -> list[Any]:
 
 def _identity(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
-
-
-def _mean(values: list[float]) -> float:
-    """The mean of what is not NaN; NaN where all is, as in a step whose loss is not finite."""
-    known = [value for value in values if not np.isnan(value)]
-    return float(np.mean(known)) if known else float("nan")

@@ -21,6 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
@@ -172,3 +173,9 @@ def duplicate_share(digests: torch.Tensor) -> torch.Tensor:
     """
     equal = digests[:, :, None] == digests[:, None, :]
     return (equal.sum(2) > 1).float().mean()
+
+
+def mean_of_known(values: list[float]) -> float:
+    """The mean of what is not NaN; NaN where all is, as in a step whose loss is not finite."""
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")

@@ -59,7 +59,7 @@ class OnlineTrainer(DiffusionTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._forwards = self._images_made = 0  # of this process, until they are logged
+        self._forwards = 0  # of this process, until they are logged
         self._micro_batches: list[Generation] | None = None
         self._columns_missing = False  # of micro-batches from a checkpoint
 
@@ -168,7 +168,6 @@ class OnlineTrainer(DiffusionTrainer):
         digests = self._gather_rows(picture_digests(images)).view(-1, args.num_generations)
         self._metrics["train"]["duplicate_images"].append(duplicate_share(digests).item())
         self._speed.images += len(prompts)
-        self._images_made += len(prompts)
         names = [*self.rewards, *self.watched_rewards, "advantage"]
         values = torch.cat([scores, watched, advantages[:, None]], 1)
         self._keep_samples(images, prompts, dict(zip(names, values.unbind(1), strict=True)))
@@ -201,12 +200,6 @@ class OnlineTrainer(DiffusionTrainer):
         with self.rollout_model() as model:
             return self.image_sampler.rollout(prompts, initial, model, transitions, sampling, keep, **shared)
 
-    def _global_index(self, count: int, process: int | None = None) -> list[int]:
-        """The place among the images of all processes of each row of a process, by default this, see [`GroupSampler`]."""
-        size, processes = self.args.consecutive_images, self.accelerator.num_processes
-        rank = self.accelerator.process_index if process is None else process
-        return [(row // size * processes + rank) * size + row % size for row in range(count)]
-
     def _groups(self, index: Sequence[int]) -> list[int]:
         """The group of each image, by its place among the images of all processes."""
         return [place // self.args.num_generations for place in index]
@@ -226,10 +219,10 @@ class OnlineTrainer(DiffusionTrainer):
 
     def _take_metrics(self) -> dict[str, float]:
         # Those of a generation that is trained beyond a log wait for the images of the next.
-        if self._images_made > 0:
-            share = torch.tensor(self._forwards / self._images_made, device=self.args.device)
+        if self._speed.images > 0:
+            share = torch.tensor(self._forwards / self._speed.images, device=self.args.device)
             self._running_metrics.add({"forwards_per_image": share})
-            self._forwards = self._images_made = 0
+            self._forwards = 0
         return super()._take_metrics()
 
     def _gather_rows(self, values: torch.Tensor) -> torch.Tensor:

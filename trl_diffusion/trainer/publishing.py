@@ -127,7 +127,7 @@ class PublishingTrainer(TermTrainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
         drawn = self._results_for_card(with_metrics="metrics" not in {**publisher.told, **card})
-        with publisher.losses_denied():
+        with publisher.telling_where_the_model_is():
             if publisher.repository is None:
                 self.init_hf_repo(token=token, private=private)
             publisher.finish()
