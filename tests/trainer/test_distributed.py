@@ -48,40 +48,45 @@ def run(folder, processes, **settings):
     return load_file(folder / "trained.safetensors"), json.loads((folder / "log.json").read_text())
 
 
+TWO_STEPS_A_GENERATION = {"gradient_accumulation_steps": 2, "steps_per_generation": 4}
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "resumed"),
     [
         # Groups of four images span both processes.
-        {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2},
-        # Two optimizer steps a generation, and a layout and chunks that depend on every process's rollout.
-        {
-            "gradient_accumulation_steps": 2,
-            "steps_per_generation": 4,
-            "per_device_train_batch_size": 2,
-            "chunk_sizes": "temporal",
-            "num_chunks": 2,
-            "chunk_sampling": "temporal",
-            "beta": 0.1,
-        },
+        ({"gradient_accumulation_steps": 4}, []),
+        # A layout and chunks that depend on every process's rollout.
+        (
+            {
+                **TWO_STEPS_A_GENERATION,
+                "chunk_sizes": "temporal",
+                "num_chunks": 2,
+                "chunk_sampling": "temporal",
+                "beta": 0.1,
+            },
+            ["two/checkpoint-1", "two/checkpoint-2", "one/checkpoint-1"],
+        ),
         # What a generation draws depends on its number alone, and images of a group are on both processes.
-        {
-            "gradient_accumulation_steps": 2,
-            "steps_per_generation": 4,
-            "per_device_train_batch_size": 2,
-            "chunk_sizes": None,
-            "train_window": 2,
-            "window_schedule": "random",
-            "window_chunk": 2,
-            "stochastic_steps": "trained",
-            "trust_region": "guard",
-            "epsilon": 1e-3,
-        },
+        (
+            {
+                **TWO_STEPS_A_GENERATION,
+                "chunk_sizes": None,
+                "train_window": 2,
+                "window_schedule": "random",
+                "window_chunk": 2,
+                "stochastic_steps": "trained",
+                "trust_region": "guard",
+                "epsilon": 1e-3,
+            },
+            ["two/checkpoint-1"],
+        ),
     ],
     ids=["on-policy", "off-policy", "window"],
 )
-def test_ddp_equals_one_process(tmp_path, settings):
-    size = settings["per_device_train_batch_size"]
-    settings |= {"save_strategy": "steps", "save_steps": 1}
+def test_ddp_equals_one_process(tmp_path, settings, resumed):
+    size = 2
+    settings |= {"per_device_train_batch_size": size, "save_strategy": "steps", "save_steps": 1}
     one, log_one = run(tmp_path / "one", 1, **{**settings, "per_device_train_batch_size": 2 * size})
     two, log_two = run(tmp_path / "two", 2, **settings)
     for name, weight in one.items():
@@ -96,18 +101,14 @@ def test_ddp_equals_one_process(tmp_path, settings):
             # A log-ratio is a difference of numbers near 1 in float32.
             rounding = 2.5e-7 if name == "log_ratio/abs_max" else 1e-12
             assert name not in a or a[name] == pytest.approx(b[name], rel=1e-3, abs=rounding), name
-    if "steps_per_generation" in settings:
-        # Each goes on where the other one stopped, also within a generation, whose images they cut otherwise.
-        cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4, "steps_per_generation": 8}
-        for step in (1, 2) if "beta" in settings else (1,):
-            found, _ = run(
-                tmp_path / f"one-{step}", 1, **{**settings, **cut}, resume_from=f"{tmp_path}/two/checkpoint-{step}"
-            )
-            assert max((weight - found[name]).abs().max() for name, weight in one.items()) < 1e-5
-        if "beta" not in settings:
-            return
-        found, _ = run(tmp_path / "two-1", 2, **settings, resume_from=f"{tmp_path}/one/checkpoint-1")
-        assert max((weight - found[name]).abs().max() for name, weight in one.items()) < 1e-5
+    # Each goes on where the other one stopped, also within a generation, whose images they cut otherwise.
+    cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4, "steps_per_generation": 8}
+    for checkpoint in resumed:
+        processes, changed = (1, cut) if checkpoint.startswith("two") else (2, {})
+        folder = tmp_path / f"after-{checkpoint.replace('/', '-')}"
+        found, _ = run(folder, processes, **{**settings, **changed}, resume_from=str(tmp_path / checkpoint))
+        assert max((weight - found[name]).abs().max() for name, weight in one.items()) < 1e-5, checkpoint
+    if resumed:
         # The bound means something: the steps that were taken after the resume moved the weights by much more.
         before = load_file(tmp_path / "two" / "checkpoint-2" / "adapter_model.safetensors")
         after = load_file(tmp_path / "two" / "checkpoint-3" / "adapter_model.safetensors")
