@@ -21,7 +21,7 @@ from pathlib import Path
 
 
 # How often a thread of GNU's OpenMP looks for work before it sleeps. Its own default, which waits for milliseconds,
-# starves whatever else runs: two trainings side by side take 20 times as long as one alone. For the choice see
+# starves whatever else runs: two trainings side by side take 16 times as long as one alone. For the choice see
 # docs/benchmarks.md.
 SPIN_COUNT = "1000"
 # What decides on waiting, where a user has set it.
