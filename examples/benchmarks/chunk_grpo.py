@@ -13,28 +13,35 @@
 # limitations under the License.
 
 """
-How fast ChunkGRPOTrainer is, where its time goes, and the same work done one image at a time.
+How fast ChunkGRPOTrainer is in several ways, where its time goes, and the same work done one image at a time.
 
 ```bash
-python examples/benchmarks/chunk_grpo.py                            # the embedded world
-python examples/benchmarks/chunk_grpo.py --model random             # a random FLUX, small enough for a CPU
-python examples/benchmarks/chunk_grpo.py --model random --flux_dev --height 720 --width 720 --images 24 \
-    --num_generations 12 --batch_size 2 --num_inference_steps 17     # FLUX.1-dev's size, random weights, for a GPU
+python examples/benchmarks/chunk_grpo.py                              # the embedded world, T = 6
+python examples/benchmarks/chunk_grpo.py --num_inference_steps 17     # with the paper's chunks
+python examples/benchmarks/chunk_grpo.py --model random               # a random FLUX, small enough for a CPU
+python examples/benchmarks/chunk_grpo.py --model flux-dev-width       # two blocks of FLUX.1-dev's width
+python examples/benchmarks/chunk_grpo.py --model flux-dev --device cuda --dtype bfloat16 --height 720 --width 720 \\
+    --images 24 --num_generations 12 --batch_size 2 --rollout_batch_size 4 --num_inference_steps 17   # its full size
 ```
 
-Both ways run in turn, in one process, on the same prompts: batched as configured, and one image at a time as released
-research code does it (sampled, decoded, scored and trained image by image, step by step). Each is warmed up by one step.
-"overhead" is all of a step that is not a forward, backward, decode or reward: data, noise, the algebra of the sampler,
-advantages, the optimizer, logging.
+The ways run in turn, `--rounds` times, each in a process of its own, on the same prompts. "one at a time" is as released
+research code does it: sampled, decoded, scored and trained image by image, step by step. "nothing shared" computes each
+forward for each image; from "shared forwards" on, what the images of a group have in common is computed once, as it is by
+default. Each is warmed up by `--warm_up` steps. "overhead" is all of a step that is not a forward, backward, decode or
+reward: data, noise, the algebra of the sampler, advantages, the optimizer, logging.
 """
 
 import argparse
 import json
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from typing import Any
 
+import psutil
 import torch
 import transformers
 from datasets import Dataset
@@ -46,6 +53,36 @@ from trl_diffusion import ChunkGRPOConfig, ChunkGRPOTrainer, shapes
 
 
 PHASES = ("forward of rollout", "forward of update", "backward", "decode", "reward")
+
+MIX_GRPO = {
+    name: ChunkGRPOConfig.PRESETS["mix_grpo"][name]
+    for name in ("stochastic_steps", "train_window", "window_schedule", "window_interval", "window_stride")
+}
+# Settings of each way. Chunks are those of the method: the first that trains, or all.
+WAYS: dict[str, dict[str, Any]] = {
+    "one at a time": {},
+    "nothing shared": {},
+    "shared forwards": {},
+    "noise on trained steps": {"stochastic_steps": "trained"},
+    "mix_grpo": {**MIX_GRPO, "chunk_sizes": None, "chunk_sampling": None},
+    "compiled": {"compile_denoiser": True},
+    "LoRA merged in rollouts": {"rollout_merged_lora": True},
+    "rewards beside the rollout": {"overlap_rewards": True},
+}
+MODELS = {
+    "random": {
+        "num_layers": 4, "num_single_layers": 8, "num_attention_heads": 8, "attention_head_dim": 32,
+        "joint_attention_dim": 256,
+    },
+    "flux-dev-width": {
+        "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 24, "attention_head_dim": 128,
+        "joint_attention_dim": 4096,
+    },
+    "flux-dev": {
+        "num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "attention_head_dim": 128,
+        "joint_attention_dim": 4096,
+    },
+}  # fmt: skip
 
 
 class TimedTrainer(ChunkGRPOTrainer):
@@ -100,27 +137,23 @@ class StepTimes(TrainerCallback):
         return time.perf_counter(), dict(self.trainer.seconds)
 
 
-def random_flux(arguments: argparse.Namespace) -> FluxPipeline:
+def random_flux(model: str, dtype: torch.dtype) -> FluxPipeline:
     """A FLUX pipeline of the given size with random weights; its text encoders are one thin layer of the right width."""
     torch.manual_seed(0)
-    size = {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "attention_head_dim": 128}
-    rope, joint, channels = (16, 56, 56), 4096, (128, 256, 512, 512)
-    if not arguments.flux_dev:
-        size = {name: getattr(arguments, name) for name in size}
-        eighth = size["attention_head_dim"] // 8
-        rope, joint, channels = (2 * eighth, 3 * eighth, 3 * eighth), arguments.joint_attention_dim, (16, 32, 32, 32)
+    size = MODELS[model]
+    eighth, joint = size["attention_head_dim"] // 8, size["joint_attention_dim"]
+    rope, small = (2 * eighth, 3 * eighth, 3 * eighth), model == "random"
+    channels = (16, 32, 32, 32) if small else (128, 256, 512, 512)
     default_dtype = torch.get_default_dtype()
-    if torch.cuda.is_available():
-        torch.set_default_dtype(torch.bfloat16)  # 12 B parameters are not made in float32 first
+    torch.set_default_dtype(dtype)  # 12 B parameters are not made in float32 first
     world = shapes.load_pipeline()  # for its tokenizers
     transformer = FluxTransformer2DModel(
-        in_channels=64, joint_attention_dim=joint, pooled_projection_dim=64, guidance_embeds=True, axes_dims_rope=rope,
-        **size,
+        in_channels=64, pooled_projection_dim=64, guidance_embeds=True, axes_dims_rope=rope, **size,
     )  # fmt: skip
     vae = AutoencoderKL(
-        block_out_channels=channels, layers_per_block=2 if arguments.flux_dev else 1, latent_channels=16,
+        block_out_channels=channels, layers_per_block=1 if small else 2, latent_channels=16,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        norm_num_groups=32 if arguments.flux_dev else 8, use_quant_conv=False, use_post_quant_conv=False,
+        norm_num_groups=8 if small else 32, use_quant_conv=False, use_post_quant_conv=False,
         scaling_factor=0.3611, shift_factor=0.1159,
     )  # fmt: skip
     pipeline = FluxPipeline(
@@ -152,67 +185,107 @@ def brightness(images, prompts, **columns):
     return [float(sum(image.resize((1, 1)).getpixel((0, 0)))) for image in images]
 
 
-def measure(arguments: argparse.Namespace, one_by_one: bool) -> dict[str, float]:
-    """Medians over steps of a run, in seconds, after one step of warm-up."""
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Medians over the steps of a run in one of the ways, in seconds."""
+    one_by_one = arguments.way == "one at a time"
     batch_size = 1 if one_by_one else arguments.batch_size
     world = arguments.model == "shapes"
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[arguments.dtype]
+    settings = {
+        "height": arguments.height,
+        "width": arguments.width,
+        "num_inference_steps": arguments.num_inference_steps,
+        "num_generations": arguments.num_generations,
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": arguments.images // batch_size,
+        "rollout_batch_size": 1 if one_by_one else arguments.rollout_batch_size,
+        "chunk_sizes": arguments.chunk_sizes,
+        "chunk_sampling": arguments.chunk_sampling,
+        "chunk_gradient": "streamed" if one_by_one else arguments.chunk_gradient,
+        "activation_checkpointing": arguments.activation_checkpointing,
+        "use_cpu": arguments.device == "cpu",
+        "bf16": arguments.dtype == "bfloat16",
+        **WAYS[arguments.way],
+    }
+    if "overlap_rewards" in settings:  # there must be a next batch
+        settings["rollout_batch_size"] = max(1, (arguments.rollout_batch_size or batch_size) // 4)
     with tempfile.TemporaryDirectory() as folder:
         config = ChunkGRPOConfig(
-            output_dir=folder,
-            height=arguments.height,
-            width=arguments.width,
-            num_inference_steps=arguments.num_inference_steps,
-            num_generations=arguments.num_generations,
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=arguments.images // batch_size,
-            rollout_batch_size=1 if one_by_one else arguments.rollout_batch_size,
-            chunk_sizes=arguments.chunk_sizes,
-            chunk_gradient="streamed" if one_by_one else arguments.chunk_gradient,
-            activation_checkpointing=arguments.activation_checkpointing,
-            max_steps=1 + arguments.steps,
-            cache_prompt_embeds=False,
-            log_samples=False,
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            report_to="none",
-        )
-        dataset = shapes.load_dataset("train")
+            output_dir=folder, max_steps=arguments.warm_up + arguments.steps, log_samples=False, save_strategy="no",
+            logging_strategy="steps", logging_steps=1, disable_tqdm=True, report_to="none", **settings,
+        )  # fmt: skip
         trainer = TimedTrainer(
-            model="shapes" if world else random_flux(arguments),
+            model="shapes" if world else random_flux(arguments.model, dtype),
             reward_funcs=shapes.attribute_share if world else brightness,
             args=config,
-            train_dataset=Dataset.from_dict({"prompt": dataset["prompt"]}),
+            train_dataset=Dataset.from_dict({"prompt": shapes.load_dataset("train")["prompt"]}),
             peft_config=LoraConfig(r=16, lora_alpha=16, target_modules=["to_q", "to_k", "to_v", "to_out.0"]),
         )
+        trainer._computes_common_once = arguments.way not in ("one at a time", "nothing shared")
         times = StepTimes(trainer)
         trainer.add_callback(times)
         trainer.train()
-    steps = times.steps[1:]
+    steps = times.steps[arguments.warm_up :]
     result = {name: statistics.median(step[name] for step in steps) for name in ("total", *PHASES)}
     result["overhead"] = statistics.median(step["total"] - sum(step[phase] for phase in PHASES) for step in steps)
-    result["lowest"], result["highest"] = min(s["total"] for s in steps), max(s["total"] for s in steps)
+    result["steps"] = [step["total"] for step in steps]
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    result["forwards_per_image"] = statistics.mean(log["forwards_per_image"] for log in logs[arguments.warm_up :])
     result["parameters"] = sum(p.numel() for p in trainer.flow.denoiser.parameters())
     device = trainer.args.device
-    if device.type != "cpu":
+    if device.type == "cpu":
+        result["peak_gib"] = psutil.Process().memory_info().rss / 2**30
+        result["device"] = f"{platform.processor() or 'CPU'}, {torch.get_num_threads()} threads"
+    else:
         result["peak_gib"] = torch.get_device_module(device).max_memory_allocated() / 2**30
-        torch.get_device_module(device).reset_peak_memory_stats()
+        result["device"] = torch.get_device_module(device).get_device_name()
     return result
+
+
+def table(arguments: argparse.Namespace, rounds: dict[str, list[dict[str, Any]]]) -> str:
+    """A row for each way, as Markdown."""
+    lines = [
+        '| way | images a second: median (least to most of the steps) | times "nothing shared" | forwards an image | '
+        "rollout | update | decode and reward | overhead | GiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    median = {
+        way: statistics.median(seconds for r in results for seconds in r["steps"]) for way, results in rounds.items()
+    }
+    for way, results in rounds.items():
+        seconds = [seconds for result in results for seconds in result["steps"]]
+        speeds = [arguments.images / value for value in (median[way], max(seconds), min(seconds))]
+        share = {
+            name: statistics.median(result[name] / result["total"] for result in results)
+            for name in (*PHASES, "overhead")
+        }
+        against = f"{median['nothing shared'] / median[way]:.2f}" if "nothing shared" in median else ""
+        cells = [
+            way,
+            f"{speeds[0]:.2f} ({speeds[1]:.2f} to {speeds[2]:.2f})",
+            against,
+            f"{statistics.mean(result['forwards_per_image'] for result in results):.2f}",
+            f"{share['forward of rollout']:.0%}",
+            f"{share['forward of update'] + share['backward']:.0%}",
+            f"{share['decode'] + share['reward']:.0%}",
+            "" if "overlap_rewards" in WAYS[way] else f"{share['overhead']:.1%}",  # its phases are not one after the other
+            f"{max(result['peak_gib'] for result in results):.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=["shapes", "random"], default="shapes")
-    parser.add_argument("--flux_dev", action="store_true", help="FLUX.1-dev's size, for --model random")
-    parser.add_argument("--num_layers", type=int, default=4)
-    parser.add_argument("--num_single_layers", type=int, default=8)
-    parser.add_argument("--num_attention_heads", type=int, default=8)
-    parser.add_argument("--attention_head_dim", type=int, default=32)
-    parser.add_argument("--joint_attention_dim", type=int, default=256)
+    parser.add_argument("--model", choices=["shapes", *MODELS], default="shapes")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--height", type=int, default=None)
     parser.add_argument("--width", type=int, default=None)
-    parser.add_argument("--num_inference_steps", type=int, default=10)
-    parser.add_argument("--chunk_sizes", nargs="+", default=None)
+    parser.add_argument("--num_inference_steps", type=int, default=6)
+    parser.add_argument("--chunk_sizes", nargs="+", default=None, help="by default [2, 3] at T = 6, at 17 the paper's")
+    parser.add_argument("--chunk_sampling", nargs="+", default=None, help="by default the first chunk at T = 6")
     parser.add_argument("--chunk_gradient", choices=["joint", "streamed"], default="joint")
     parser.add_argument("--activation_checkpointing", action="store_true")
     parser.add_argument("--images", type=int, default=None, help="images of a step")
@@ -220,40 +293,42 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=None, help="images of a micro-batch")
     parser.add_argument("--rollout_batch_size", type=int, default=None)
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each round")
-    parser.add_argument("--rounds", type=int, default=2, help="how often the two ways take turns")
+    parser.add_argument("--warm_up", type=int, default=1, help="steps of each round before those")
+    parser.add_argument("--rounds", type=int, default=2, help="how often the ways take turns")
     parser.add_argument("--output", default=None, help="JSON file for the numbers")
+    parser.add_argument("--way", choices=list(WAYS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    world = arguments.model == "shapes"
-    arguments.height = arguments.height or (32 if world else 128)
-    arguments.width = arguments.width or (32 if world else 128)
-    arguments.images = arguments.images or (48 if world else 8)
+    small = arguments.model in ("shapes", "random")
+    arguments.height = arguments.height or (32 if arguments.model == "shapes" else 128 if small else 256)
+    arguments.width = arguments.width or arguments.height
+    arguments.images = arguments.images or (48 if arguments.model == "shapes" else 8)
     arguments.batch_size = arguments.batch_size or arguments.images
-    if arguments.chunk_sizes is None and arguments.num_inference_steps == 10:
-        arguments.chunk_sizes = [1, 2, 2, 4]
+    if arguments.chunk_sizes is None and arguments.num_inference_steps == 6:
+        arguments.chunk_sizes = [2, 3]
+        arguments.chunk_sampling = arguments.chunk_sampling or ["0"]
     transformers.logging.set_verbosity_error()
+    if arguments.way is not None:
+        print(json.dumps(measure(arguments)))
+        return
 
-    rounds = [
-        (measure(arguments, one_by_one=False), measure(arguments, one_by_one=True)) for _ in range(arguments.rounds)
-    ]
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor() or 'CPU'}"
-    print(f"{card}, {torch.get_num_threads()} threads, torch {torch.__version__}; {arguments.images} images a step, "
-          f"{arguments.height}x{arguments.width}, T = {arguments.num_inference_steps}, "
-          f"{rounds[0][0]['parameters'] / 1e6:.1f} M parameters")  # fmt: skip
-    for i, (batched, single) in enumerate(rounds):
-        print(f"\nround {i + 1}{'':18}{'batched':>20}{'one by one':>20}")
-        for name in (*PHASES, "overhead", "total"):
-            cells = [f"{r[name]:8.3f} s {100 * r[name] / r['total']:5.1f} %" for r in (batched, single)]
-            print(f"  {name:24}{cells[0]:>20}{cells[1]:>20}")
-        print(f"  {'spread of total':24}" + "".join(
-            f"{r['lowest']:.3f} to {r['highest']:.3f} s".rjust(20) for r in (batched, single)))  # fmt: skip
-        print(f"  {'images a second':24}" + "".join(
-            f"{arguments.images / r['total']:20.2f}" for r in (batched, single)))  # fmt: skip
-        if "peak_gib" in batched:
-            print(f"  {'peak memory, GiB':24}" + "".join(f"{r['peak_gib']:20.2f}" for r in (batched, single)))
-        print(f"  batched is {single['total'] / batched['total']:.2f} times as fast")
+    rounds: dict[str, list[dict[str, Any]]] = {way: [] for way in arguments.ways}
+    for number in range(arguments.rounds):
+        for way in arguments.ways:
+            command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
+            run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            rounds[way].append(json.loads(run.stdout.splitlines()[-1]))
+            speed = arguments.images / rounds[way][-1]["total"]
+            print(f"round {number + 1}, {way}: {speed:.2f} images a second", file=sys.stderr)
+    one = rounds[arguments.ways[0]][0]
+    print(
+        f"{one['device']}, torch {torch.__version__}, {arguments.dtype}; {one['parameters'] / 1e6:.1f} M parameters, "
+        f"{arguments.images} images a step, {arguments.height}x{arguments.width}, T = {arguments.num_inference_steps}, "
+        f"medians of {arguments.rounds} x {arguments.steps} steps\n"
+    )
+    print(table(arguments, rounds))
     if arguments.output:
         with open(arguments.output, "w") as file:
-            json.dump({"arguments": vars(arguments), "device": card, "rounds": rounds}, file, indent=2)
+            json.dump({"arguments": vars(arguments), "rounds": rounds}, file, indent=2)
 
 
 if __name__ == "__main__":

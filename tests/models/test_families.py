@@ -616,7 +616,8 @@ def test_bfloat16_network_keeps_latents_in_float32(family):
     latents = run_euler(half, half.denoiser, noise, guidance_scale, height, width)
     images = half.decode(latents)
     assert latents.dtype == images.dtype == half.encode_image(images).dtype == torch.float32
-    assert 0 < (latents - expected).norm() / expected.norm() < 0.2
+    # Random weights make much of rounding, and guidance more; other latents would be a distance of 1.4 apart.
+    assert 0 < (latents - expected).norm() / expected.norm() < 0.5
 
 
 def test_everything_is_frozen_and_in_eval_mode(family):

@@ -173,6 +173,7 @@ class Sampler:
         ahead: Iterable[str] | None = None,
         groups: Sequence[int] | None = None,
         num_groups: int = 0,
+        on_batch: Callable[[slice, torch.Tensor], None] | None = None,
     ) -> flow.Trajectory:
         """
         Sample from initial noise to clean latents, `batch_size` rows at a time, without gradient.
@@ -203,6 +204,8 @@ class Sampler:
             num_groups (`int`, *optional*, defaults to `0`):
                 Compute as if there were at least so many groups: where the network is sharded, all processes must call it
                 equally often.
+            on_batch (`Callable`, *optional*):
+                Gets the rows of each batch, a slice, and their clean latents, as soon as they are there.
 
         Returns:
             [`~trl_diffusion.flow.Trajectory`] of the B rows.
@@ -263,6 +266,8 @@ class Sampler:
             conditioning = self.conditioning.get(prompts[rows], ahead)
             velocity_of_rows = partial(velocity_or_common, rows=rows, conditioning=conditioning)
             trajectories.append(flow.rollout(velocity_of_rows, initial, self.sigmas, transitions, draw_noise, keep))
+            if on_batch is not None:
+                on_batch(rows, trajectories[-1].clean)
         return flow.Trajectory.cat(trajectories)
 
     @torch.no_grad()

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType, parse_flag_from_env
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -145,8 +146,11 @@ class TermTrainer(ReliableTrainer):
         return deepspeed.zero.GatheredParameters([p for p in self.model.parameters() if p.requires_grad])
 
     @contextlib.contextmanager
-    def rollout_model(self) -> Iterator[nn.Module]:
-        """The network to sample with, in eval mode (no dropout); the former mode returns afterwards."""
+    def rollout_model(self, merged: bool = False) -> Iterator[nn.Module]:
+        """
+        The network to sample with, in eval mode (no dropout); the former mode returns afterwards. If `merged`, as
+        [`merged_adapter`] gives it.
+        """
         model = self.model_wrapped
         was_training = model.training
         model.eval()
@@ -160,7 +164,30 @@ class TermTrainer(ReliableTrainer):
 
                 context = gathered(self.deepspeed)
         try:
-            with context as whole:
+            with context as whole, merged_adapter(self.network) if merged else contextlib.nullcontext():
                 yield whole
         finally:
             model.train(was_training)
+
+
+@contextlib.contextmanager
+def merged_adapter(network: nn.Module) -> Iterator[None]:
+    """
+    Within this context the weights of the layers that have an adapter include it, unless it is switched off. Afterwards
+    they are what they were, bit for bit; taking the adapter off again would leave rounding.
+    """
+    layers = [layer for layer in network.modules() if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters]
+    kept = {}
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                for parameter in layer.get_base_layer().parameters(recurse=False):
+                    kept[parameter] = parameter.data
+                    parameter.data = parameter.data.clone()
+                layer.merge()
+        yield
+    finally:
+        for layer in layers:
+            layer.merged_adapters.clear()
+        for parameter, data in kept.items():
+            parameter.data = data

@@ -73,6 +73,14 @@ class DiffusionConfig(TrainingArguments):
             Attention of the denoiser, in rollouts and in training: one of
             [diffusers' backends](https://huggingface.co/docs/diffusers/optimization/attention_backends), as `"flash"`. `None`
             leaves it as it is, PyTorch's own unless a passed pipeline has another.
+        compile_denoiser (`bool`, *optional*, defaults to `False`):
+            Compile the blocks of the denoiser with `torch.compile`, for rollouts and training alike. The first steps take
+            minutes longer; `compiled_graphs`, which is logged, no longer grows after them. `torch_compile_backend` and
+            `torch_compile_mode` say how.
+        rollout_merged_lora (`bool`, *optional*, defaults to `False`):
+            Add the LoRA to the weights of its layers for each rollout, which then costs no more than without one, and put
+            the weights back afterwards, bit for bit. Takes the memory of these layers once more, and samples from what
+            the dtype of the weights can hold of the sum.
 
         > Parameters that control memory
 
@@ -241,6 +249,15 @@ class DiffusionConfig(TrainingArguments):
         },
     )
 
+    compile_denoiser: bool = field(
+        default=False,
+        metadata={"help": "Compile the blocks of the denoiser with torch.compile, for rollouts and training alike."},
+    )
+    rollout_merged_lora: bool = field(
+        default=False,
+        metadata={"help": "Add the LoRA to the weights of its layers for each rollout, and put them back afterwards."},
+    )
+
     # Memory
     quantization: str | None = field(
         default=None,
@@ -374,7 +391,13 @@ class DiffusionConfig(TrainingArguments):
             self.activation_checkpointing = True
         # `TrainingArguments` makes the process group of a launched script.
         destroy_process_group_at_exit()
+        compilation = self.torch_compile_backend, self.torch_compile_mode
+        if self.compile_denoiser:
+            # `TrainingArguments` would set torch_compile with them.
+            self.torch_compile_backend = self.torch_compile_mode = None
         super().__post_init__()
+        if self.compile_denoiser:
+            self.torch_compile_backend, self.torch_compile_mode = compilation
         if self.activation_checkpointing is None:  # an older release has looked at the old name only
             self.activation_checkpointing = self.gradient_checkpointing
         if isinstance(self.resume_from_checkpoint, str) and self.resume_from_checkpoint.lower() in ("true", "false"):
@@ -440,6 +463,10 @@ class DiffusionConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value >= 2**32:
                 raise ValueError(f"{name} must be below 2**32, got {value}.")
+        if self.compile_denoiser and self.torch_compile:
+            raise ValueError(
+                "compile_denoiser=True compiles the denoiser's blocks, and torch_compile=True the whole of it. Set one."
+            )
         self._check_choice("shared_noise", ("group", "none"))
         self._check_reliability()
         if self.quantization is not None:
@@ -517,6 +544,12 @@ class DiffusionConfig(TrainingArguments):
                 f"quantization={self.quantization!r} cannot be used with ZeRO-3 or FSDP, which shard the weights. Use "
                 "multi_gpu, ZeRO-1 or ZeRO-2, or no quantization."
             )
+        for name in ("compile_denoiser", "rollout_merged_lora"):
+            if vars(self)[name] and (zero_3 or fsdp):
+                raise ValueError(
+                    f"{name}=True needs whole weights, which ZeRO-3 and FSDP shard. Use multi_gpu, ZeRO-1 or ZeRO-2, or "
+                    f"{name}=False."
+                )
 
     @property
     def consecutive_images(self) -> int:

@@ -52,7 +52,7 @@ from .card import card_facts
 from .construction import begin_conditioning, load_model, make_sampler
 from .construction_checks import check_args, check_arguments, check_best_metric, check_writable
 from .measures import RunningMetrics, Speed, lora_update_norm, mean_of_known
-from .network import adapter_settings, load_network, save_network, trained_network
+from .network import adapter_settings, compiled_graphs, load_network, save_network, trained_network
 from .publishing import PublishingTrainer
 
 
@@ -361,6 +361,8 @@ class DiffusionTrainer(PublishingTrainer):
         metrics = {name: mean_of_known(values) for name, values in self._metrics["train"].items()}
         self._metrics["train"].clear()
         metrics |= self._running_metrics.take(self.accelerator)
+        if self.args.compile_denoiser:
+            metrics["compiled_graphs"] = compiled_graphs()
         with self._trained_weights_gathered():
             norm = lora_update_norm(self.model)
         return metrics if norm is None else metrics | {"adapter_norm": norm}

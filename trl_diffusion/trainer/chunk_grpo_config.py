@@ -315,6 +315,11 @@ class ChunkGRPOConfig(OnlineConfig):
                 ("kl_threshold",),
                 f"trust_region={self.trust_region!r} clips ratios. Set epsilon instead, or trust_region='kl', and leave it",
             )
+        if self.rollout_merged_lora and self.old_log_probs == "rollout":
+            raise ValueError(
+                "rollout_merged_lora=True cannot be used with old_log_probs='rollout': the merged network rounds otherwise "
+                "than the one that is trained. Leave old_log_probs='recompute'."
+            )
         if self.trust_region != "clip" and self.old_log_probs == "rollout":
             raise ValueError(
                 f"trust_region={self.trust_region!r} cannot be used with old_log_probs='rollout': it needs the means of the "

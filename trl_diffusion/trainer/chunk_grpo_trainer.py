@@ -286,17 +286,19 @@ class ChunkGRPOTrainer(OnlineTrainer):
             means |= dict(zip(steps, mean.split(len(micro_batch.prompts)), strict=True))
         return means
 
-    @torch.no_grad()
     def _add_old_policy(self, model: nn.Module, micro_batch: MicroBatch) -> None:
         """What the objective needs of the sampling policy at the trained transitions, in the batch shapes of training."""
         micro_batch.old_log_probs = micro_batch.log_probs.clone()
         if self.args.old_log_probs == "rollout":
             return
         for steps in [steps for chunk in micro_batch.chunks for steps in self._forward_groups(chunk)]:
-            log_probs, mean, _ = self._transition(model, micro_batch, steps)
-            micro_batch.old_log_probs[:, steps] = log_probs
+            # What is compiled for a gradient rounds otherwise than what is compiled without.
+            with torch.set_grad_enabled(self.args.compile_denoiser):
+                log_probs, mean, _ = self._transition(model, micro_batch, steps)
+            micro_batch.old_log_probs[:, steps] = log_probs.detach()
             if self.args.trust_region != "clip":
-                micro_batch.old_means |= dict(zip(steps, mean.split(len(micro_batch.prompts)), strict=True))
+                means = mean.detach().split(len(micro_batch.prompts))
+                micro_batch.old_means |= dict(zip(steps, means, strict=True))
 
     def loss_terms(self, model: nn.Module, micro_batch: MicroBatch) -> Sequence[LossTerm]:
         """

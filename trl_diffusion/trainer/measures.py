@@ -19,7 +19,7 @@ import functools
 import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import psutil
@@ -90,11 +90,13 @@ class Speed:
         self._last = 0, time.perf_counter()
 
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count the seconds within this context to a phase."""
+    def phase(self, name: str, synchronize: Callable[[], None] | None = None) -> Iterator[None]:
+        """Count the seconds within this context to a phase; `synchronize` waits for the work, by default all there is."""
         start = time.perf_counter()
         yield
-        if self.device.type != "cpu":
+        if synchronize is not None:
+            synchronize()
+        elif self.device.type != "cpu":
             torch.get_device_module(self.device).synchronize()
         self._seconds[name] += time.perf_counter() - start
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from diffusers import DiffusionPipeline, ModelMixin, attention_backend
 from diffusers.configuration_utils import FrozenDict
 from huggingface_hub import load_torch_model, save_torch_state_dict
@@ -43,6 +44,10 @@ FREE_LORA_SETTINGS = ("auto_mapping", "base_model_name_or_path", "inference_mode
 DEFAULT_LORA = {"r": 32, "lora_alpha": 64, "init_lora_weights": "gaussian"}
 
 
+# Ways that a block may be called: gradient, train or eval mode, adapter, one sample or several, and room for a family's own.
+COMPILED_WAYS = 64
+
+
 class _SerializableConfig(FrozenDict):
     """A diffusers config with the two methods that transformers' reporting callbacks call on a model's config."""
 
@@ -64,7 +69,8 @@ def trained_network(flow: FlowModel, args: DiffusionConfig, peft_config: PeftCon
             `False` trains all weights.
 
     Raises:
-        `ValueError`: all weights are to be trained, and they are quantised; or see [`use_attention_backend`].
+        `ValueError`: all weights are to be trained, or a LoRA to be added to them, and they are quantised; or see
+            [`use_attention_backend`].
     """
     denoiser = flow.denoiser
     if peft_config is False and denoiser.config.get("quantization_config") is not None:
@@ -80,6 +86,13 @@ def trained_network(flow: FlowModel, args: DiffusionConfig, peft_config: PeftCon
         args.activation_checkpointing = args.gradient_checkpointing = False
     if args.attention_backend is not None:
         use_attention_backend(denoiser, args.attention_backend)
+    if args.rollout_merged_lora and denoiser.config.get("quantization_config") is not None:
+        raise ValueError(
+            "rollout_merged_lora=True, but the pipeline's transformer is quantised, and a sum with quantised weights is not "
+            "what is trained. Leave it at False, or load the pipeline without quantization_config."
+        )
+    if args.compile_denoiser:
+        compile_blocks(denoiser, args.torch_compile_backend or "inductor", args.torch_compile_mode)
     if peft_config is False:
         network = denoiser.requires_grad_(True)
     else:
@@ -109,6 +122,30 @@ def use_attention_backend(denoiser: ModelMixin, name: str) -> None:
             f"attention_backend={name!r} has no effect on a {type(denoiser).__name__}, whose attention in diffusers is "
             "PyTorch's own. Leave it unset."
         )
+
+
+def compile_blocks(denoiser: ModelMixin, backend: str = "inductor", mode: str | None = None) -> None:
+    """
+    Let the repeated blocks of a network be compiled when they are called first, for batches and sizes of any number.
+
+    Names of weights stay as they are. Blocks of one class have one graph for each way they are called: with gradient and
+    without, with the adapter and without, one sample or several.
+
+    Args:
+        denoiser (`ModelMixin`): the network.
+        backend, mode (`str`, *optional*): of `torch.compile`.
+    """
+    # More ways than PyTorch allows by default, after which it would silently no longer compile.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_WAYS)
+    for blocks in denoiser.children():
+        if isinstance(blocks, nn.ModuleList):
+            for block in blocks:
+                block.compile(dynamic=True, backend=backend, mode=mode)
+
+
+def compiled_graphs() -> int:
+    """How many graphs this process has compiled so far."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def adapter_settings(network: nn.Module) -> dict[str, Any]:

@@ -45,6 +45,12 @@ class OnlineConfig(DiffusionConfig):
         num_iterations (`int`, *optional*, defaults to `1`):
             Number of passes over each generation.
 
+        overlap_rewards (`bool`, *optional*, defaults to `False`):
+            Decode and score the images of one rollout batch while the next is sampled, in a thread and on an accelerator in
+            a stream of its own, with the same result. Pays where rewards wait, as for a server, and where the accelerator
+            has room beside the sampling. `time/decode` and `time/reward` then lie within `time/rollout`, but for what
+            `time/overlap_wait` says.
+
         > Parameters that control the advantages
 
         advantage_clip (`float`, *optional*, defaults to `5.0`):
@@ -71,6 +77,10 @@ class OnlineConfig(DiffusionConfig):
         },
     )
     num_iterations: int = field(default=1, metadata={"help": "Number of passes over each generation."})
+    overlap_rewards: bool = field(
+        default=False,
+        metadata={"help": "Decode and score the images of one rollout batch while the next is sampled."},
+    )
 
     # Advantages
     advantage_clip: float = field(default=5.0, metadata={"help": "Advantages are clamped to plus or minus this."})
@@ -96,6 +106,11 @@ class OnlineConfig(DiffusionConfig):
             raise ValueError(
                 f"num_generations must be at least 2, got {self.num_generations}: advantages compare the images of a "
                 "prompt with each other."
+            )
+        if self.overlap_rewards and self.offload_frozen:
+            raise ValueError(
+                "overlap_rewards=True uses the VAE and the rewards while the network samples, and offload_frozen=True keeps "
+                "them off the accelerator then. Set one of them."
             )
         if self.num_iterations < 1:
             raise ValueError(f"num_iterations must be at least 1, got {self.num_iterations}.")

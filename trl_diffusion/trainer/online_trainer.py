@@ -16,7 +16,8 @@
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from ..data.sampler import GroupSampler, GroupStream
 from ..flow import Trajectory
 from ..flow.sde import TransitionCoefficients
 from ..objectives import aggregate_advantages
+from ..rewards.calls import RewardError
+from ..runtime.overlap import SideWork
 from ..runtime.policies import CURRENT
 from .base_trainer import DiffusionTrainer
 from .generation import Generation
@@ -157,13 +160,19 @@ class OnlineTrainer(DiffusionTrainer):
         args = self.args
         prompts = [row["prompt"] for row in rows]
         columns = self._column_reader.read(rows)
-        with self.timed("rollout"), self.policies.use(policy), self._counted_forwards():
-            trajectory = self._rollout(prompts, index, transitions, keep)
-        with self.timed("decode"):
-            images = self.decode(trajectory.clean)
-        with self.timed("reward"):
-            scores = self.scorer.score(self.rewards, images, prompts, columns)
-            watched = self.scorer.score(self.watched_rewards, images, prompts, columns)
+        with contextlib.nullcontext() if not args.overlap_rewards else SideWork(args.device) as side_work:
+            with self.timed("rollout"), self.policies.use(policy), self._counted_forwards():
+                judging = self._judging(side_work, prompts, columns)
+                trajectory = self._rollout(prompts, index, transitions, keep, judging)
+            if side_work is None:
+                with self.timed("decode"):
+                    images = self.decode(trajectory.clean)
+                with self.timed("reward"):
+                    scores = self.scorer.score(self.rewards, images, prompts, columns)
+                    watched = self.scorer.score(self.watched_rewards, images, prompts, columns)
+            else:
+                with self.timed("overlap_wait"):
+                    images, scores, watched = self._judged(side_work)
         advantages = self._advantages(scores, watched, prompts, index)
         digests = self._gather_rows(picture_digests(images)).view(-1, args.num_generations)
         self._metrics["train"]["duplicate_images"].append(duplicate_share(digests).item())
@@ -183,8 +192,43 @@ class OnlineTrainer(DiffusionTrainer):
             columns=columns,
         )
 
+    def _judging(
+        self, side_work: SideWork | None, prompts: list[str], columns: dict[str, list[Any]]
+    ) -> Callable[[slice, torch.Tensor], None] | None:
+        """What begins to decode and score the rows of a rollout batch; `None` where that is not done beside the rollout."""
+        if side_work is None:
+            return None
+        # Processes agree on a failure at the end, in the main thread, where all of them are.
+        scorer = replace(self.scorer, agree=_raise_own)
+
+        def judge(rows: slice, clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            with self._speed.phase("decode", side_work.synchronize):
+                images = self.decode(clean)
+            columns_of_rows = {name: values[rows] for name, values in columns.items()}
+            with self._speed.phase("reward", side_work.synchronize):
+                scores = scorer.score(self.rewards, images, prompts[rows], columns_of_rows)
+                watched = scorer.score(self.watched_rewards, images, prompts[rows], columns_of_rows)
+            return images, scores, watched
+
+        return lambda rows, clean: side_work.submit(judge, rows, clean)
+
+    def _judged(self, side_work: SideWork) -> Iterator[torch.Tensor]:
+        """Images, scores and watched scores of all rows of the rollout."""
+        parts, failure = [], None
+        try:
+            parts = side_work.results()
+        except (RewardError, TypeError, ValueError) as error:
+            failure = error
+        self.scorer.agree(failure)
+        return (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+
     def _rollout(
-        self, prompts: list[str], generation: int, transitions: TransitionCoefficients | None, keep: Collection[int]
+        self,
+        prompts: list[str],
+        generation: int,
+        transitions: TransitionCoefficients | None,
+        keep: Collection[int],
+        on_batch: Callable[[slice, torch.Tensor], None] | None = None,
     ) -> Trajectory:
         """Trajectories of this process's rows, with the states of the transitions in `keep`."""
         args = self.args
@@ -197,8 +241,10 @@ class OnlineTrainer(DiffusionTrainer):
                 shared = {"groups": noise_index, "num_groups": max(len(set(self._groups(each))) for each in places)}
         initial = self.image_sampler.draw_noise(self.generators(_INITIAL_NOISE, generation, noise_index))
         sampling = self.generators(_SAMPLING_NOISE, generation, index)
-        with self.rollout_model() as model:
-            return self.image_sampler.rollout(prompts, initial, model, transitions, sampling, keep, **shared)
+        with self.rollout_model(self.args.rollout_merged_lora) as model:
+            return self.image_sampler.rollout(
+                prompts, initial, model, transitions, sampling, keep, on_batch=on_batch, **shared
+            )
 
     def _groups(self, index: Sequence[int]) -> list[int]:
         """The group of each image, by its place among the images of all processes."""
@@ -299,3 +345,8 @@ class OnlineTrainer(DiffusionTrainer):
         wanted = self._global_index(size * self.args.steps_per_generation)
         self._micro_batches = self.generation_class.load(paths, wanted, self.args.device).split(size)
         self._columns_missing = True
+
+
+def _raise_own(failure: Exception | None) -> None:
+    if failure is not None:
+        raise failure

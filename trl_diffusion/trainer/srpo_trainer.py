@@ -326,7 +326,7 @@ class SRPOTrainer(DiffusionTrainer):
         args = self.args
         initial = self.image_sampler.draw_noise(self.generators(_INITIAL_NOISE, numbers))
         steps = self._start_steps()
-        with self.timed("rollout"), self.rollout_model() as model:
+        with self.timed("rollout"), self.rollout_model(args.rollout_merged_lora) as model:
             trajectory = self.rollout_sampler.rollout(prompts, initial, model, keep=steps)
         clean = trajectory.clean
         self._speed.images += len(prompts)
