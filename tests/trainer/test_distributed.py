@@ -78,6 +78,8 @@ TWO_STEPS_A_GENERATION = {"gradient_accumulation_steps": 2, "steps_per_generatio
                 "stochastic_steps": "trained",
                 "trust_region": "guard",
                 "epsilon": 1e-3,
+                "overlap_rewards": True,
+                "rollout_merged_lora": True,
             },
             ["two/checkpoint-1"],
         ),

@@ -293,7 +293,7 @@ class ChunkGRPOTrainer(OnlineTrainer):
             return
         for steps in [steps for chunk in micro_batch.chunks for steps in self._forward_groups(chunk)]:
             # What is compiled for a gradient rounds otherwise than what is compiled without.
-            with torch.set_grad_enabled(self.args.compile_denoiser):
+            with torch.set_grad_enabled(self.args.compile_denoiser), self._no_exchange(model):
                 log_probs, mean, _ = self._transition(model, micro_batch, steps)
             micro_batch.old_log_probs[:, steps] = log_probs.detach()
             if self.args.trust_region != "clip":
