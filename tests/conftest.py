@@ -56,7 +56,8 @@ def pytest_configure(config):
     """
     if hasattr(config, "workerinput"):
         return  # has the environment of the process that started it
-    folder = config.cache.mkdir("torch_extensions")
+    folder = config.rootpath / ".pytest_cache" / "torch_extensions"
+    folder.mkdir(parents=True, exist_ok=True)
     for lock in folder.rglob("lock"):
         lock.unlink()
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)

@@ -268,7 +268,9 @@ def table(arguments: argparse.Namespace, rounds: dict[str, list[dict[str, Any]]]
             f"{share['forward of rollout']:.0%}",
             f"{share['forward of update'] + share['backward']:.0%}",
             f"{share['decode'] + share['reward']:.0%}",
-            "" if "overlap_rewards" in WAYS[way] else f"{share['overhead']:.1%}",  # its phases are not one after the other
+            ""
+            if "overlap_rewards" in WAYS[way]
+            else f"{share['overhead']:.1%}",  # its phases are not one after the other
             f"{max(result['peak_gib'] for result in results):.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")

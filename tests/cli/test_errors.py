@@ -97,7 +97,10 @@ def told(capsys, command: list[str]) -> str:
             ["chunk_grpo", *TRAINING, "--dataset_name", "folder_of_train.parquet"],
             "parquet' cannot be read: ArrowInvalid: ",
         ),
-        (["generate", *MODEL, "--prompts", "folder_of_train.jsonl"], "jsonl' cannot be read: "),
+        (
+            ["generate", *MODEL, "--prompts", "folder_of_train.jsonl"],
+            "Line 2 of 'folder_of_train.jsonl/train.jsonl' is not JSON: ",
+        ),
         (["chunk_grpo", *TRAINING, "--dataset_name", "nobody/nothing"], "Couldn't reach 'nobody/nothing' on the Hub"),
         (["chunk_grpo", *TRAINING, "--output_dir", "a_file"], "not writable"),
         (["chunk_grpo", *TRAINING, "--resume_from_checkpoint", "out/checkpoint-7"], "there is no such folder"),

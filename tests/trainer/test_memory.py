@@ -128,7 +128,8 @@ def expected_bytes(count):
 def test_adamw_with_8_bit_states(make_trainer, tmp_path, optim, lora):
     eager = contextlib.nullcontext()
     if optim == "adamw_bnb_8bit":
-        pytest.importorskip("bitsandbytes", reason="needs the extra 'quantization': 125 MB")
+        # Older releases have no kernels for the CPU.
+        pytest.importorskip("bitsandbytes", "0.50.2", reason="needs the extra 'quantization': 125 MB")
     else:
         # torchao compiles its update for each shape of a weight: the same update, a minute later.
         eager = torch.compiler.set_stance("force_eager")

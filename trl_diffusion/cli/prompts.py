@@ -102,6 +102,9 @@ def load_prompts(
             cause = cause.__cause__
         # Some messages have paragraphs.
         raise ValueError(f"{name!r} cannot be read: {type(cause).__name__}: {' '.join(str(cause).split())}") from error
+    except ValueError:
+        _find_unreadable_file(Path(name))  # older releases of datasets let errors of pandas through
+        raise
     if max_prompts is not None:
         dataset = dataset.select(range(min(max_prompts, len(dataset))))
     columns = column_names(dataset)
@@ -264,8 +267,10 @@ def _read_json(path: Path, text: str) -> dict[str, list[Any]]:
 
 
 def _find_unreadable_file(folder: Path) -> None:
-    """Raise the error of the first text file of a folder that is not in UTF-8."""
+    """Raise the error of the first text file of a folder that is not in UTF-8, or not the JSON that it should be."""
     if folder.is_dir():
         for path in sorted(folder.rglob("*")):
             if path.is_file() and _ending(path) in TEXT_ENDINGS:
-                _read_text(path)
+                text = _read_text(path)
+                if _ending(path).startswith(".json"):
+                    _read_json(path, text)
