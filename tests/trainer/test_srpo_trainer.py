@@ -199,6 +199,7 @@ class TestRun:
             {"vae_gradient_checkpointing": False, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
             {"estimator": "draft", "draft_steps": 2},
             {"estimator": "draft", "draft_renoisings": 3},
+            {"rollout_merged_lora": True},
             {"estimator": "refl", "num_landings": 2, "sigma_range": [0.3, 0.95]},
         ],
         ids=lambda settings: ",".join(f"{name}={value}" for name, value in settings.items()),
@@ -844,10 +845,11 @@ class TestBadInput:
         [
             ({"offline_steps": 3}, r"offline_steps=3, but train_dataset has no column 'image', only \['prompt'\]"),
             ({"images": [picture()] * 4, "estimator": "refl"}, "estimator='refl' needs rollouts"),
+            ({"images": [picture()] * 4, "rollout_merged_lora": True}, "offline_steps is None, so there are no rollouts"),
             ({"images": [picture()] * 3 + [None]}, "Row 3 of train_dataset has no image"),
             ({"images": [picture(40, 40)] * 2 + [picture(90, 40)] * 2}, r"2 aspect buckets of \[2, 2\] rows"),
         ],
-        ids=["offline-steps", "estimator", "missing-image", "small-buckets"],
+        ids=["offline-steps", "estimator", "no-rollouts", "missing-image", "small-buckets"],
     )
     def test_images_before_weights(self, make_trainer, monkeypatch, arguments, message):
         monkeypatch.setattr("trl_diffusion.trainer.construction.load_flow_model", never_loaded)

@@ -201,6 +201,11 @@ class SRPOTrainer(DiffusionTrainer):
                 f"offline_steps={args.offline_steps}, but train_dataset has no column 'image', only "
                 f"{column_names(train_dataset)}. Add the images, or leave offline_steps unset."
             )
+        if args.rollout_merged_lora and has_images and args.offline_steps is None:
+            raise ValueError(
+                "rollout_merged_lora=True cannot act: train_dataset has images and offline_steps is None, so there are no "
+                "rollouts. Leave it at False."
+            )
         self.images = ImageBuckets(train_dataset, args.process_index, args.world_size) if has_images else None
 
     @staticmethod
