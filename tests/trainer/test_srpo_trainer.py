@@ -845,7 +845,10 @@ class TestBadInput:
         [
             ({"offline_steps": 3}, r"offline_steps=3, but train_dataset has no column 'image', only \['prompt'\]"),
             ({"images": [picture()] * 4, "estimator": "refl"}, "estimator='refl' needs rollouts"),
-            ({"images": [picture()] * 4, "rollout_merged_lora": True}, "offline_steps is None, so there are no rollouts"),
+            (
+                {"images": [picture()] * 4, "rollout_merged_lora": True},
+                "offline_steps is None, so there are no rollouts",
+            ),
             ({"images": [picture()] * 3 + [None]}, "Row 3 of train_dataset has no image"),
             ({"images": [picture(40, 40)] * 2 + [picture(90, 40)] * 2}, r"2 aspect buckets of \[2, 2\] rows"),
         ],
