@@ -34,6 +34,7 @@ reward: data, noise, the algebra of the sampler, advantages, the optimizer, logg
 import argparse
 import json
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -41,7 +42,6 @@ import tempfile
 import time
 from typing import Any
 
-import psutil
 import torch
 import transformers
 from datasets import Dataset
@@ -234,7 +234,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     result["parameters"] = sum(p.numel() for p in trainer.flow.denoiser.parameters())
     device = trainer.args.device
     if device.type == "cpu":
-        result["peak_gib"] = psutil.Process().memory_info().rss / 2**30
+        # On Linux in KiB.
+        result["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         result["device"] = f"{platform.processor() or 'CPU'}, {torch.get_num_threads()} threads"
     else:
         result["peak_gib"] = torch.get_device_module(device).max_memory_allocated() / 2**30

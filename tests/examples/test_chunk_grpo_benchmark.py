@@ -14,10 +14,13 @@
 
 """The benchmark of a training step counts every phase."""
 
+import argparse
+
+import pytest
 from datasets import Dataset
 from tiny_models import tiny_flux_pipeline
 
-from examples.benchmarks.chunk_grpo import PHASES, TimedTrainer
+from examples.benchmarks.chunk_grpo import PHASES, TimedTrainer, measure, table
 from trl_diffusion import ChunkGRPOConfig
 
 
@@ -35,3 +38,22 @@ def test_every_phase_is_counted(tmp_path):
     trainer.train()
     assert trainer.seconds.keys() == set(PHASES)
     assert all(seconds > 0 for seconds in trainer.seconds.values())
+
+
+def test_a_row_for_each_way():
+    arguments = argparse.Namespace(
+        model="shapes", device="cpu", dtype="float32", height=32, width=32, num_inference_steps=6, chunk_sizes=[2, 3],
+        chunk_sampling=["0"], chunk_gradient="joint", activation_checkpointing=False, images=4, num_generations=4,
+        batch_size=4, rollout_batch_size=None, steps=1, warm_up=0,
+    )  # fmt: skip
+    ways = ["one at a time", "nothing shared", "shared forwards", "mix_grpo", "rewards beside the rollout"]
+    rounds = {way: [measure(argparse.Namespace(**vars(arguments), way=way))] for way in ways}
+    # Of a group of 4 with 6 steps: 6 and 2 trained ones; of each the first is the group's.
+    forwards = {way: results[0]["forwards_per_image"] for way, results in rounds.items()}
+    assert forwards["one at a time"] == forwards["nothing shared"] == 8
+    assert forwards["shared forwards"] == forwards["rewards beside the rollout"] == pytest.approx(8 - 2 * 3 / 4)
+    # The first four steps train, each by itself.
+    assert forwards["mix_grpo"] == pytest.approx(10 - 2 * 3 / 4)
+    rows = table(arguments, rounds).splitlines()
+    assert [row.split(" | ")[0] for row in rows[2:]] == [f"| {way}" for way in ways]
+    assert {row.count("|") for row in rows} == {10}
