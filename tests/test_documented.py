@@ -152,6 +152,9 @@ def settings(folder, **more):
     }
 
 
+COMPILED = {"compile_denoiser": True, "torch_compile_backend": "eager"}
+
+
 def run(trainer_class, config, dataset=None):
     dataset = prompts_dataset() if dataset is None else dataset
     trainer = trainer_class(
@@ -174,12 +177,13 @@ def test_metrics_of_chunk_grpo(tmp_path):
     on_policy = run(ChunkGRPOTrainer, ChunkGRPOConfig(**shared))
     off_policy = run(ChunkGRPOTrainer, ChunkGRPOConfig(**shared, num_iterations=2))
     divergence = run(ChunkGRPOTrainer, ChunkGRPOConfig(**shared, trust_region="kl"))
-    check("chunk_grpo.md", on_policy | off_policy | divergence)
+    fast = run(ChunkGRPOTrainer, ChunkGRPOConfig(**shared, **COMPILED, overlap_rewards=True))
+    check("chunk_grpo.md", on_policy | off_policy | divergence | fast)
 
 
 def test_metrics_of_srpo(tmp_path):
     shared = settings(tmp_path, positive_words=["warm"], negative_words=["cold"])
-    names = run(SRPOTrainer, SRPOConfig(**shared))
+    names = run(SRPOTrainer, SRPOConfig(**shared, **COMPILED))
     names |= run(SRPOTrainer, SRPOConfig(**shared, estimator="refl", sigma_range=[0.3, 0.9]))
     names |= run(SRPOTrainer, SRPOConfig(**shared, estimator="draft", preference="absolute"))
     pictures = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue", "green", "white")]
