@@ -54,8 +54,8 @@ def pytest_configure(config):
     What DeepSpeed compiles is kept in this checkout. A compiler that is killed leaves a lock, for which every process
     would wait without end; in the cache of the user it would be that of any run before.
     """
-    if hasattr(config, "workerinput"):
-        return  # has the environment of the process that started it
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return  # a worker has the environment of the process that started it
     folder = config.rootpath / ".pytest_cache" / "torch_extensions"
     folder.mkdir(parents=True, exist_ok=True)
     for lock in folder.rglob("lock"):

@@ -50,6 +50,7 @@ from trl_diffusion.models import (
     load_flow_model,
 )
 from trl_diffusion.models.vae_gradients import clamp_with_inward_gradient
+from trl_diffusion.trainer.network import compile_blocks
 
 
 PROMPTS = ["a small red circle on white", "a large blue square on black, seen from afar"]
@@ -618,6 +619,22 @@ def test_bfloat16_network_keeps_latents_in_float32(family):
     assert latents.dtype == images.dtype == half.encode_image(images).dtype == torch.float32
     # Random weights make much of rounding, and guidance more; other latents would be a distance of 1.4 apart.
     assert 0 < (latents - expected).norm() / expected.norm() < 0.5
+
+
+@one_of_each
+def test_the_blocks_are_compiled(family):
+    denoiser = family[0].denoiser
+    names = list(denoiser.state_dict())
+    compile_blocks(denoiser)
+    compiled = {type(module).__name__ for module in denoiser.modules() if module._compiled_call_impl is not None}
+    # Stable Diffusion 3 and Sana do not tell diffusers which are repeated.
+    assert compiled >= set(denoiser._repeated_blocks or denoiser._no_split_modules[:1])
+    assert list(denoiser.state_dict()) == names
+
+
+def test_a_network_without_blocks_is_not_compiled_in_silence():
+    with pytest.raises(ValueError, match="compile_denoiser=True has no effect on a Linear"):
+        compile_blocks(torch.nn.Linear(1, 1))
 
 
 def test_everything_is_frozen_and_in_eval_mode(family):

@@ -404,3 +404,23 @@ def test_impossible_deepspeed_is_refused(tmp_path, deepspeed, settings, message)
     pytest.importorskip("deepspeed", reason="needs the extra 'deepspeed'")
     with pytest.raises(ValueError, match=message):
         ChunkGRPOConfig(output_dir=str(tmp_path), use_cpu=True, deepspeed=deepspeed, **settings)
+
+
+WHOLE_WEIGHTS = {"quantization": "int8", "compile_denoiser": True, "rollout_merged_lora": True}
+
+
+@pytest.mark.parametrize("name", WHOLE_WEIGHTS)
+@pytest.mark.parametrize("sharding", ["fsdp2", "zero2", "zero3"])
+def test_what_needs_whole_weights_is_refused_where_they_are_sharded(tmp_path, monkeypatch, sharding, name):
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, name: WHOLE_WEIGHTS[name]}
+    if sharding == "fsdp2":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("FSDP_VERSION", "2")
+    else:
+        pytest.importorskip("deepspeed", reason="needs the extra 'deepspeed'")
+        settings["deepspeed"] = {"zero_optimization": {"stage": int(sharding[-1])}}
+    if sharding == "zero2":
+        ChunkGRPOConfig(**settings)  # shards gradients and the optimizer alone
+        return
+    with pytest.raises(ValueError, match=f"{name}={WHOLE_WEIGHTS[name]!r} cannot be used with ZeRO-3 or FSDP"):
+        ChunkGRPOConfig(**settings)

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import tiny_sana_pipeline
 
+from trl_diffusion import ChunkGRPOConfig
 from trl_diffusion.models import Sampler, load_flow_model
 from trl_diffusion.trainer.network import compile_blocks, compiled_graphs
 
@@ -48,7 +49,11 @@ def test_trains_alike(make_trainer, train_dataset, tmp_path):
             output_dir=str(tmp_path / folder), max_steps=5, **SETTINGS, eval_dataset=train_dataset,
             eval_strategy="steps", eval_steps=2, num_eval_images=3, save_strategy="steps", save_steps=1, **settings,
         )  # fmt: skip
+        transition, gradients = trainer._transition, set()
+        trainer._transition = lambda *args: gradients.add(torch.is_grad_enabled()) or transition(*args)
         trainer.train(resume_from_checkpoint=checkpoint)
+        # Old log-probabilities come from the very graph of the update.
+        assert gradients == ({True} if "compile_denoiser" in settings else {True, False})
         trainer.save_model()
         return [log for log in trainer.state.log_history if "loss" in log]
 
@@ -91,3 +96,25 @@ def test_refused_beside_a_compiled_whole(make_trainer):
         ValueError, match="compile_denoiser=True compiles the denoiser's blocks, and torch_compile=True"
     ):
         make_trainer(compile_denoiser=True, torch_compile=True)
+
+
+class Block(torch.nn.Module):
+    def forward(self, x):
+        return x.sin() + 1
+
+
+def test_more_ways_than_pytorch_compiles_by_default():
+    network = torch.nn.Module()
+    network.blocks = torch.nn.ModuleList([Block()])
+    compile_blocks(network, backend="eager")
+    ways = 10  # by default 8
+    for rank in range(1, 1 + ways):
+        assert network.blocks[0](torch.ones([2] * (rank - 1) + [4])).isfinite().all()
+    assert compiled_graphs() == ways
+
+
+def test_how_it_compiles_does_not_compile_the_whole(tmp_path):
+    how = {"torch_compile_backend": "aot_eager", "torch_compile_mode": "default"}
+    config = ChunkGRPOConfig(output_dir=str(tmp_path), use_cpu=True, compile_denoiser=True, **how)
+    assert not config.torch_compile
+    assert {name: getattr(config, name) for name in how} == how

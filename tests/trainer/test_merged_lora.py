@@ -88,16 +88,20 @@ def test_trains_alike(make_trainer, tmp_path, settings):
             output_dir=str(tmp_path / folder), peft_config=copy.deepcopy(STRONG), max_steps=3, logging_steps=1,
             per_device_train_batch_size=2, **settings, **more,
         )  # fmt: skip
-        merged = []
-        merge = trainer.rollout_model
-        trainer.rollout_model = lambda *args: merged.append(args) or merge(*args)
+        seen = set()  # gradient, merged
+        layer = trainer.network.base_model.model.transformer_blocks[0].attn.to_q
+        layer.register_forward_hook(lambda layer, *_: seen.add((torch.is_grad_enabled(), layer.merged)))
         trainer.train()
         trainer.save_model()
-        return load_file(tmp_path / folder / "adapter_model.safetensors"), trainer.state.log_history, merged
+        return load_file(tmp_path / folder / "adapter_model.safetensors"), trainer.state.log_history, seen
 
-    plain, plain_log, _ = trained("plain")
-    actual, log, merged = trained("merged", rollout_merged_lora=True)
-    assert (True,) in merged
+    plain, plain_log, seen = trained("plain")
+    assert seen == {(False, False), (True, False)}
+    actual, log, seen = trained("merged", rollout_merged_lora=True)
+    # Old log-probabilities and those of the reference are of the network that is trained.
+    assert seen == {(False, True), (True, False)} | (
+        {(False, False)} if {"steps_per_generation", "beta"} & settings.keys() else set()
+    )
     torch.testing.assert_close(actual, plain, rtol=0, atol=2e-3)
     assert log[0]["ratio/mean"] == 1 and log[0]["log_ratio/abs_max"] == 0
     assert log[0]["reward"] == pytest.approx(plain_log[0]["reward"], abs=1e-4)
@@ -107,8 +111,8 @@ def test_trains_alike(make_trainer, tmp_path, settings):
     ("settings", "message"),
     [
         ({"old_log_probs": "rollout"}, "old_log_probs='rollout': the merged network rounds otherwise"),
-        ({"peft_config": False}, "with peft_config=False there is none"),
-        ({"quantization": "int8", "model": "shapes"}, "with quantization='int8' a sum with quantised weights"),
+        ({"peft_config": False}, "with peft_config=False: there is no LoRA to merge"),
+        ({"quantization": "int8", "model": "shapes"}, "with quantization='int8': a sum with quantised weights"),
     ],
 )
 def test_refused_where_there_is_nothing_to_merge_or_nothing_recomputed(make_trainer, settings, message):

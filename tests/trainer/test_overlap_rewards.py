@@ -18,25 +18,34 @@ import threading
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 
 from trl_diffusion.rewards import RewardModel
 
 
+PROMPTS = ["a cat", "a large dog", "a bird in a tree"]
+
+
 class Blueness(RewardModel):
     def score(self, images, prompts):
-        return images[:, 2].mean((1, 2))
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        return images[:, 2].mean((1, 2)) * lengths
 
 
-def greenness(images, prompts, **columns):
-    return [image.resize((1, 1)).getpixel((0, 0))[1] / 255 for image in images]
+def greenness(images, prompts, weight):
+    """With PyTorch's gradients, as a function of a user may take them."""
+    green = torch.tensor([image.resize((1, 1)).getpixel((0, 0))[1] / 255 for image in images], requires_grad=True)
+    (gradient,) = torch.autograd.grad((green * torch.tensor(weight)).square().sum(), green)
+    return gradient.tolist()
 
 
 def test_the_result_is_the_same_bit_for_bit(make_trainer, tmp_path):
     def trained(folder, **settings):
         trainer = make_trainer(
-            reward_funcs=[greenness, Blueness()], watch_reward_funcs=[greenness], output_dir=str(tmp_path / folder),
-            rollout_batch_size=3, max_steps=2, logging_steps=1, **settings,
+            reward_funcs=[greenness, Blueness()], watch_reward_funcs=[Blueness()], output_dir=str(tmp_path / folder),
+            train_dataset=Dataset.from_dict({"prompt": PROMPTS, "weight": [1.0, 2.0, 3.0]}), rollout_batch_size=3,
+            max_steps=2, logging_steps=1, **settings,
         )  # fmt: skip
         trainer.train()
         trainer.save_model()

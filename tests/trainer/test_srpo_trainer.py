@@ -199,7 +199,6 @@ class TestRun:
             {"vae_gradient_checkpointing": False, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
             {"estimator": "draft", "draft_steps": 2},
             {"estimator": "draft", "draft_renoisings": 3},
-            {"rollout_merged_lora": True},
             {"estimator": "refl", "num_landings": 2, "sigma_range": [0.3, 0.95]},
         ],
         ids=lambda settings: ",".join(f"{name}={value}" for name, value in settings.items()),
@@ -210,6 +209,14 @@ class TestRun:
         trainer.train()
         assert all(torch.isfinite(weight).all() for weight in trainable(trainer).values())
         assert any((before[name] != weight).any() for name, weight in trainable(trainer).items())
+
+    def test_rollouts_with_the_lora_in_the_weights(self, make_trainer):
+        trainer = make_trainer(rollout_merged_lora=True)
+        seen = set()  # gradient, merged
+        layer = trainer.network.base_model.model.transformer_blocks[0].attn.to_q
+        layer.register_forward_hook(lambda layer, *_: seen.add((torch.is_grad_enabled(), layer.merged)))
+        trainer.train()
+        assert seen >= {(False, True), (True, False)} and (True, True) not in seen
 
     @pytest.mark.parametrize("estimator", ["direct_align", "refl", "draft"])
     def test_raises_its_reward(self, make_trainer, estimator):

@@ -101,6 +101,12 @@ def call_reward(
     raise RewardError(f"The reward {name!r} {reason} (attempt {attempt + 1}, prompts {shown(prompts)})") from cause
 
 
+def raise_failure(failure: Exception | None) -> None:
+    """What a [`Scorer`] agrees by that works alone."""
+    if failure is not None:
+        raise failure
+
+
 @dataclass
 class Scorer:
     """

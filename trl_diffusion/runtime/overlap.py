@@ -26,7 +26,7 @@ import torch
 class SideWork:
     """
     Within its context, does what it is given in a thread of its own, and on an accelerator in a stream of its own, one after
-    the other, while the caller goes on. Without gradients.
+    the other, while the caller goes on.
 
     Args:
         device (`torch.device`): the accelerator that is current in the thread.
@@ -77,7 +77,6 @@ class SideWork:
         if self._module is not None:
             self._module.set_device(self.device)
             self._module.set_stream(self._stream)  # of this thread
-        torch.set_grad_enabled(False)
         while (item := self._queue.get()) is not None:
             future, ready, work, args = item
             if self._closed:

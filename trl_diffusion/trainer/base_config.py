@@ -539,16 +539,12 @@ class DiffusionConfig(TrainingArguments):
         if self.deepspeed_plugin is not None:
             self._check_deepspeed(self.deepspeed_plugin.zero_stage, self.deepspeed_plugin.deepspeed_config)
         zero_3 = self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage == 3
-        if self.quantization is not None and (zero_3 or fsdp):
-            raise ValueError(
-                f"quantization={self.quantization!r} cannot be used with ZeRO-3 or FSDP, which shard the weights. Use "
-                "multi_gpu, ZeRO-1 or ZeRO-2, or no quantization."
-            )
-        for name in ("compile_denoiser", "rollout_merged_lora"):
-            if vars(self)[name] and (zero_3 or fsdp):
+        for name in ("quantization", "compile_denoiser", "rollout_merged_lora"):
+            value = vars(self)[name]
+            if value and (zero_3 or fsdp):
                 raise ValueError(
-                    f"{name}=True needs whole weights, which ZeRO-3 and FSDP shard. Use multi_gpu, ZeRO-1 or ZeRO-2, or "
-                    f"{name}=False."
+                    f"{name}={value!r} cannot be used with ZeRO-3 or FSDP, which shard the weights. Use multi_gpu, ZeRO-1 or "
+                    f"ZeRO-2, or leave {name} unset."
                 )
 
     @property

@@ -140,12 +140,14 @@ def check_what_is_trained(
                 "load the pipeline with diffusers' quantization_config and leave quantization unset."
             )
         check_quantization(args.quantization, args.device)
-    if args.rollout_merged_lora and (peft_config is False or args.quantization is not None):
-        reason = "there is none" if peft_config is False else "a sum with quantised weights is not what is trained"
+    if args.rollout_merged_lora and peft_config is False:
         raise ValueError(
-            f"rollout_merged_lora=True adds a LoRA to the weights, and with "
-            f"{'peft_config=False' if peft_config is False else f'quantization={args.quantization!r}'} {reason}. Leave it "
-            "at False."
+            "rollout_merged_lora=True with peft_config=False: there is no LoRA to merge. Leave it at False."
+        )
+    if args.rollout_merged_lora and args.quantization is not None:
+        raise ValueError(
+            f"rollout_merged_lora=True with quantization={args.quantization!r}: a sum with quantised weights is not what is "
+            "trained. Leave one of them unset."
         )
     if isinstance(optimizers[0], OptimizerWithModes):
         args.check_optimizer_with_modes(f"The optimizer {type(optimizers[0]).__name__}")

@@ -70,7 +70,7 @@ def trained_network(flow: FlowModel, args: DiffusionConfig, peft_config: PeftCon
 
     Raises:
         `ValueError`: all weights are to be trained, or a LoRA to be added to them, and they are quantised; or see
-            [`use_attention_backend`].
+            [`use_attention_backend`] and [`compile_blocks`].
     """
     denoiser = flow.denoiser
     if peft_config is False and denoiser.config.get("quantization_config") is not None:
@@ -134,13 +134,20 @@ def compile_blocks(denoiser: ModelMixin, backend: str = "inductor", mode: str | 
     Args:
         denoiser (`ModelMixin`): the network.
         backend, mode (`str`, *optional*): of `torch.compile`.
+
+    Raises:
+        `ValueError`: it has no lists of blocks.
     """
     # More ways than PyTorch allows by default, after which it would silently no longer compile.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_WAYS)
-    for blocks in denoiser.children():
-        if isinstance(blocks, nn.ModuleList):
-            for block in blocks:
-                block.compile(dynamic=True, backend=backend, mode=mode)
+    blocks = [block for part in denoiser.children() if isinstance(part, nn.ModuleList) for block in part]
+    if not blocks:
+        raise ValueError(
+            f"compile_denoiser=True has no effect on a {type(denoiser).__name__}, which has no lists of blocks. Leave it at "
+            "False."
+        )
+    for block in blocks:
+        block.compile(dynamic=True, backend=backend, mode=mode)
 
 
 def compiled_graphs() -> int:

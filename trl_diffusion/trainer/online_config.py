@@ -154,8 +154,8 @@ class OnlineConfig(DiffusionConfig):
     @property
     def consecutive_images(self) -> int:
         """
-        Those of an optimizer step, which are then the same whatever the number of processes, and groups are on as few of
-        them as can be.
+        Images of a process that follow one another in the order of all processes' images: those of an optimizer step, so
+        that its images do not depend on the number of processes, and groups are on as few of them as can be.
         """
         return self.per_device_train_batch_size * math.gcd(self.gradient_accumulation_steps, self.steps_per_generation)
 

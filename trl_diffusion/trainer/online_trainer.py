@@ -18,6 +18,7 @@ import contextlib
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from ..data.sampler import GroupSampler, GroupStream
 from ..flow import Trajectory
 from ..flow.sde import TransitionCoefficients
 from ..objectives import aggregate_advantages
-from ..rewards.calls import RewardError
+from ..rewards.calls import RewardError, Scorer, raise_failure
 from ..runtime.overlap import SideWork
 from ..runtime.policies import CURRENT
 from .base_trainer import DiffusionTrainer
@@ -160,19 +161,19 @@ class OnlineTrainer(DiffusionTrainer):
         args = self.args
         prompts = [row["prompt"] for row in rows]
         columns = self._column_reader.read(rows)
-        with contextlib.nullcontext() if not args.overlap_rewards else SideWork(args.device) as side_work:
+        with SideWork(args.device) if args.overlap_rewards else contextlib.nullcontext() as side_work:
+            on_batch = None
+            if side_work is not None:
+                # Processes agree on a failure at the end, in the main thread, where all of them are.
+                scorer = replace(self.scorer, agree=raise_failure)
+                on_batch = partial(side_work.submit, self._judge, prompts, columns, scorer, side_work.synchronize)
             with self.timed("rollout"), self.policies.use(policy), self._counted_forwards():
-                judging = self._judging(side_work, prompts, columns)
-                trajectory = self._rollout(prompts, index, transitions, keep, judging)
+                trajectory = self._rollout(prompts, index, transitions, keep, on_batch)
             if side_work is None:
-                with self.timed("decode"):
-                    images = self.decode(trajectory.clean)
-                with self.timed("reward"):
-                    scores = self.scorer.score(self.rewards, images, prompts, columns)
-                    watched = self.scorer.score(self.watched_rewards, images, prompts, columns)
+                judged = self._judge(prompts, columns, self.scorer, None, slice(None), trajectory.clean)
             else:
-                with self.timed("overlap_wait"):
-                    images, scores, watched = self._judged(side_work)
+                judged = self._judged_beside(side_work)
+        images, scores, watched = judged
         advantages = self._advantages(scores, watched, prompts, index)
         digests = self._gather_rows(picture_digests(images)).view(-1, args.num_generations)
         self._metrics["train"]["duplicate_images"].append(duplicate_share(digests).item())
@@ -192,33 +193,32 @@ class OnlineTrainer(DiffusionTrainer):
             columns=columns,
         )
 
-    def _judging(
-        self, side_work: SideWork | None, prompts: list[str], columns: dict[str, list[Any]]
-    ) -> Callable[[slice, torch.Tensor], None] | None:
-        """What begins to decode and score the rows of a rollout batch; `None` where that is not done beside the rollout."""
-        if side_work is None:
-            return None
-        # Processes agree on a failure at the end, in the main thread, where all of them are.
-        scorer = replace(self.scorer, agree=_raise_own)
+    def _judge(
+        self,
+        prompts: list[str],
+        columns: dict[str, list[Any]],
+        scorer: Scorer,
+        synchronize: Callable[[], None] | None,
+        rows: slice,
+        clean: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Images, scores and watched scores of some rows, by their clean latents; for `synchronize` see [`Speed.phase`]."""
+        with self._speed.phase("decode", synchronize):
+            images = self.decode(clean)
+        columns = {name: values[rows] for name, values in columns.items()}
+        with self._speed.phase("reward", synchronize):
+            scores = scorer.score(self.rewards, images, prompts[rows], columns)
+            watched = scorer.score(self.watched_rewards, images, prompts[rows], columns)
+        return images, scores, watched
 
-        def judge(rows: slice, clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            with self._speed.phase("decode", side_work.synchronize):
-                images = self.decode(clean)
-            columns_of_rows = {name: values[rows] for name, values in columns.items()}
-            with self._speed.phase("reward", side_work.synchronize):
-                scores = scorer.score(self.rewards, images, prompts[rows], columns_of_rows)
-                watched = scorer.score(self.watched_rewards, images, prompts[rows], columns_of_rows)
-            return images, scores, watched
-
-        return lambda rows, clean: side_work.submit(judge, rows, clean)
-
-    def _judged(self, side_work: SideWork) -> Iterator[torch.Tensor]:
-        """Images, scores and watched scores of all rows of the rollout."""
+    def _judged_beside(self, side_work: SideWork) -> Iterator[torch.Tensor]:
+        """What [`_judge`] has given of each batch, put together, on all processes or on none."""
         parts, failure = [], None
-        try:
-            parts = side_work.results()
-        except (RewardError, TypeError, ValueError) as error:
-            failure = error
+        with self.timed("overlap_wait"):
+            try:
+                parts = side_work.results()
+            except (RewardError, TypeError, ValueError) as error:
+                failure = error
         self.scorer.agree(failure)
         return (torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
@@ -345,8 +345,3 @@ class OnlineTrainer(DiffusionTrainer):
         wanted = self._global_index(size * self.args.steps_per_generation)
         self._micro_batches = self.generation_class.load(paths, wanted, self.args.device).split(size)
         self._columns_missing = True
-
-
-def _raise_own(failure: Exception | None) -> None:
-    if failure is not None:
-        raise failure
