@@ -51,9 +51,9 @@ def reporting(trainer_class, connection):
 
     class Reporting(trainer_class):
         @contextlib.contextmanager
-        def timed(self, phase):
+        def timed(self, phase, *how):
             connection.send((phase, True))
-            with super().timed(phase):
+            with super().timed(phase, *how):
                 yield
             connection.send((phase, False))
 

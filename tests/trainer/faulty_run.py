@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-A run of SRPO on two processes, sharded or not, in which the second breaks in a given way, started by
+A run on two processes, sharded or not, in which the second breaks in a given way, started by
 `test_reliability.py`.
 """
 
@@ -62,9 +62,9 @@ class Faulty(Warmth):
         return scores
 
 
-def main(output: str, faults: dict[str, int], settings: dict) -> None:
+def main(kind: str, output: str, faults: dict[str, int], settings: dict) -> None:
     reward = Faulty(faults)
-    trainer = make_trainer("srpo", output, reward=reward, per_device_train_batch_size=1, **settings)
+    trainer = make_trainer(kind, output, reward=reward, per_device_train_batch_size=1, **settings)
     reward.trainer = trainer
     trainer.train()
 
@@ -75,4 +75,4 @@ if __name__ == "__main__":
 
         # Gloo alone, so that nothing is compiled: the tests need no C++ compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    main(sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4]))

@@ -538,10 +538,10 @@ def needs_deepspeed(config):
         pytest.importorskip("deepspeed", reason="needs the extra 'deepspeed'")
 
 
-def launch(folder, faults, config="multi_gpu", **settings):
+def launch(folder, faults, config="multi_gpu", kind="srpo", **settings):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
     command += ["--config_file", str(CONFIGS / f"{config}.yaml"), str(TESTS / "trainer" / "faulty_run.py")]
-    command += [str(folder), json.dumps(faults), json.dumps(settings)]
+    command += [kind, str(folder), json.dumps(faults), json.dumps(settings)]
     return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -560,10 +560,7 @@ class TestTwoProcesses:
         faults = {"nan": 1, "gradient": 2, "raise": 4}
         # With an average, the adapter's file has that; under DDP policies.safetensors has the weights as well.
         ema_decay = 0.9 if config == "multi_gpu" else None
-        run = launch(
-            tmp_path, faults, config, save_total_limit=None, reward_retries=0, ema_decay=ema_decay,
-            overlap_rewards=config in ("multi_gpu", "zero3"),
-        )  # fmt: skip
+        run = launch(tmp_path, faults, config, save_total_limit=None, reward_retries=0, ema_decay=ema_decay)
         output, _ = run.communicate(timeout=250)
         assert run.returncode != 0 and "terminate called" not in output
         assert output.count("Optimizer step 2 was not applied: the loss of term 1 of 2 is nan on the prompts ['") == 1
@@ -582,6 +579,17 @@ class TestTwoProcesses:
             assert_equal(before[name], after[name])
             assert any((weight != later[name][key]).any() for key, weight in after[name].items())
             assert all(torch.isfinite(weight).all() for weight in later[name].values())
+
+    @pytest.mark.parametrize("config", ["multi_gpu", "zero3"])
+    def test_all_stop_at_the_reward_of_one_beside_the_rollout(self, tmp_path, config):
+        """The thread of the second process fails after the first generation; no process waits for it without end."""
+        needs_deepspeed(config)
+        run = launch(tmp_path, {"raise": 2}, config, "chunk_grpo", reward_retries=0, overlap_rewards=True)
+        output, _ = run.communicate(timeout=250)
+        assert run.returncode != 0 and "terminate called" not in output
+        assert "The reward 'warmth' failed: " in output and "the reward is out of order" in output
+        assert output.count("The run stops, because a reward failed") == 1
+        assert last_whole_checkpoint(tmp_path).name == "checkpoint-2"
 
     @pytest.mark.parametrize(
         ("config", "room", "on_save_error"),

@@ -18,7 +18,7 @@ import contextlib
 import itertools
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -345,9 +345,11 @@ class DiffusionTrainer(PublishingTrainer):
     def _describe(self, inputs: Any) -> str:
         return f"the prompts {shown(self._prompts_of(inputs))}"
 
-    def timed(self, phase: str) -> contextlib.AbstractContextManager[None]:
-        """Count the seconds of a phase; on an accelerator its work is waited for."""
-        return self._speed.phase(phase)
+    def timed(
+        self, phase: str, synchronize: Callable[[], None] | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Count the seconds of a phase; on an accelerator its work is waited for, by `synchronize` where given."""
+        return self._speed.phase(phase, synchronize)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

@@ -203,10 +203,10 @@ class OnlineTrainer(DiffusionTrainer):
         clean: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Images, scores and watched scores of some rows, by their clean latents; for `synchronize` see [`Speed.phase`]."""
-        with self._speed.phase("decode", synchronize):
+        with self.timed("decode", synchronize):
             images = self.decode(clean)
         columns = {name: values[rows] for name, values in columns.items()}
-        with self._speed.phase("reward", synchronize):
+        with self.timed("reward", synchronize):
             scores = scorer.score(self.rewards, images, prompts[rows], columns)
             watched = scorer.score(self.watched_rewards, images, prompts[rows], columns)
         return images, scores, watched
