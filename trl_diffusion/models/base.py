@@ -295,6 +295,17 @@ class FlowModel(ABC):
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             return self.encode(prompts, device)
 
+    def empty_row(self) -> dict[str, torch.Tensor]:
+        """
+        Tensors of the shapes and dtypes of a prompt's conditioning at its longest, with any content: what a network is
+        counted with, from its configuration alone.
+        """
+        return {"prompt_embeds": torch.empty(self.max_sequence_length, self.transformer_config.joint_attention_dim)}
+
+    def row_lengths(self, mask: torch.Tensor) -> list[int]:
+        """Length of each row of a batch by its mask `(B, L)`."""
+        return mask.sum(1).tolist()
+
     def row_length(self, row: dict[str, torch.Tensor]) -> int:
         """Length of a prompt's conditioning; 0 where the family's all have the same."""
         return max((len(row[name]) for name in self.variable_length), default=0)
