@@ -126,7 +126,7 @@ def main(arguments: Sequence[str]) -> int:
         sharding, processes = "none", 1
         if ours.accelerate_config is not None:
             sharding, processes = sharding_of(ours.accelerate_config)
-        processes = ours.num_processes or processes
+        processes = processes if ours.num_processes is None else ours.num_processes
         if processes < 1:
             raise ValueError(f"num_processes must be at least 1, got {processes}.")
         sharding = "multi_gpu" if sharding == "none" and processes > 1 else sharding

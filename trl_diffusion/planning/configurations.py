@@ -83,7 +83,7 @@ def read_configurations(model: str | os.PathLike) -> Configurations:
         raise ValueError(f"The pipeline class {name} of {str(model)!r} is not supported: {', '.join(FLOW_MODELS)}.")
     parts, text_encoders, arguments = {}, {}, {}
     for part, value in index.items():
-        if part.startswith("_"):
+        if part.startswith("_") or value == [None, None]:  # a part that it is without
             continue
         if not (isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)):
             arguments[part] = value

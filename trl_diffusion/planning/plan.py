@@ -13,6 +13,7 @@
 # limitations under the License.
 """Memory, work, time and price of a run, and what would make it fit."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,6 +24,7 @@ import torch
 from peft import LoraConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..flow.chunks import chunk_steps, equal_chunk_sizes
 from ..runtime.sharding import BUCKET_SIZES
 from ..trainer import ChunkGRPOConfig, DiffusionConfig, SRPOConfig
 from ..trainer.network import DEFAULT_LORA
@@ -320,7 +322,7 @@ class Planner:
         if isinstance(self.args, SRPOConfig):
             return choices.batch_size * 3 * latents
         images = self.args.generation_batch_size // choices.processes
-        return images * (round(self._trained_steps) + 2) * latents
+        return images * (max(map(len, self._draws)) + 2) * latents
 
     def _rows_of_a_term(self, choices: Choices) -> int:
         args = self.args
@@ -437,32 +439,50 @@ class Planner:
 
     # ---- Work ----
 
-    @property
-    def _trained_steps(self) -> float:
-        """Transitions that an image trains, on average over draws."""
+    @cached_property
+    def _draws(self) -> list[list[int]]:
+        """The trained transitions of generations that are alike probable, and together all that there are."""
         args = self.args
         if args.train_window is not None:
-            return args.train_window
-        count = args.num_chunks if args.chunk_sizes == "temporal" else len(args.chunk_sizes)
-        total = args.num_inference_steps - 1
-        if isinstance(args.chunk_sampling, list) and args.chunk_sizes != "temporal":
-            return sum(args.chunk_sizes[index] for index in args.chunk_sampling)
-        drawn = (
-            len(args.chunk_sampling)
-            if isinstance(args.chunk_sampling, list)
-            else max(1, int(count * args.chunk_fraction))
-        )
-        return total * drawn / count
+            offsets = args.num_inference_steps - args.train_window
+            if args.window_schedule == "random":
+                offsets = max(1, offsets // 2)
+            return [[offset + step for step in range(args.train_window)] for offset in range(offsets)]
+        sizes = args.chunk_sizes
+        if sizes == "temporal":  # of sizes that the run will find
+            sizes = equal_chunk_sizes(args.num_inference_steps - 1, (args.num_inference_steps - 1) // args.num_chunks)
+        steps = chunk_steps(sizes)
+        if isinstance(args.chunk_sampling, list):
+            draws = [tuple(steps[index] for index in args.chunk_sampling)]
+        else:
+            draws = itertools.combinations(steps, max(1, int(len(steps) * args.chunk_fraction)))
+        return [sum(draw, []) for draw in draws]
+
+    @property
+    def trained_rows_per_image(self) -> float:
+        """
+        Rows of the network that an update computes, divided by its images: one a trained transition, and one a group of a
+        micro-batch as long as its images have one input.
+        """
+        args = self.args
+        rows = []
+        for steps in self._draws:
+            common = 0
+            if args.shared_noise == "group":
+                last = 0 if args.stochastic_steps == "all" else steps[0]
+                common = sum(step <= last for step in steps)
+            rows.append(len(steps) - common * (1 - 1 / min(args.num_generations, self.choices.batch_size)))
+        return sum(rows) / len(rows)
 
     @property
     def forwards_per_image(self) -> float:
-        """Rows of the network that a rollout computes, divided by its images."""
+        """Rows of the network that a rollout computes, divided by its images: until their noise differs, a group has one."""
         args = self.args
         if isinstance(args, SRPOConfig) or args.shared_noise != "group":
             return args.num_inference_steps
-        # The first stochastic transition's forward is that of the whole group, as far as it is on one process.
         shared_by = min(args.num_generations, args.consecutive_images)
-        return args.num_inference_steps - 1 + 1 / shared_by
+        common = [1 if args.stochastic_steps == "all" else steps[0] + 1 for steps in self._draws]
+        return args.num_inference_steps - sum(common) / len(common) * (1 - 1 / shared_by)
 
     def _work(self) -> dict[str, float]:
         args, choices = self.args, self.choices
@@ -478,12 +498,14 @@ class Planner:
             }
         drawn = images / args.num_iterations
         again = (args.beta > 0) + (not args.on_policy and args.old_log_probs == "recompute")
+        # Step by step, the ratio of a whole chunk is computed before, unless it is 1.
+        ratios = choices.streamed and not args.on_policy
         return {
             "rollout": drawn * self.forwards_per_image * self._forward.flops,
             "decode": drawn * self._decode.flops,
             "reward": drawn * self._score.flops,
-            "old and reference": drawn * again * self._trained_steps * self._forward.flops,
-            "update": images * self._trained_steps * update,
+            "old and reference": drawn * again * self.trained_rows_per_image * self._forward.flops,
+            "update": images * self.trained_rows_per_image * (update + ratios * self._forward.flops),
         }
 
     # ---- Disk and host ----
