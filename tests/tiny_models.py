@@ -36,6 +36,7 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     Krea2Pipeline,
@@ -49,6 +50,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.pipelines.flux import pipeline_flux_kontext
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import BPE
@@ -229,6 +231,27 @@ def tiny_flux_pipeline(
             Whether the schedule shifts with the resolution. As the two published models by default: dev does, schnell
             does not.
     """
+    return _flux(FluxPipeline, guidance_embeds, seed, dynamic_shifting)
+
+
+def tiny_flux_kontext_pipeline(guidance_embeds: bool = True, seed: int = 0) -> FluxKontextPipeline:
+    """
+    A FLUX.1 Kontext pipeline in small, float32, on the CPU. The sizes that it prefers for the images that it edits become
+    small too, for all pipelines of this process.
+
+    Args:
+        guidance_embeds (`bool`, *optional*, defaults to `True`):
+            Whether the network takes the guidance, as the published one does.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights. The global generator is left as it was.
+    """
+    pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS = [(12, 22), (16, 16), (24, 12)]  # width, height
+    return _flux(FluxKontextPipeline, guidance_embeds, seed)
+
+
+def _flux(
+    pipeline_class: type[DiffusionPipeline], guidance_embeds: bool, seed: int, dynamic_shifting: bool | None = None
+) -> DiffusionPipeline:
     if dynamic_shifting is None:
         dynamic_shifting = guidance_embeds
     tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
@@ -249,7 +272,7 @@ def tiny_flux_pipeline(
         text_encoder_2 = _t5_encoder(tokenizer_2, hidden_size=32)
         vae = _vae()
     return _ready(
-        FluxPipeline,
+        pipeline_class,
         scheduler=FlowMatchEulerDiscreteScheduler(
             shift=3.0 if dynamic_shifting else 1.0, use_dynamic_shifting=dynamic_shifting
         ),

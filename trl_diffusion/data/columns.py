@@ -17,10 +17,11 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, Value
 from datasets import Image as ImageFeature
 
-from .images import check_pictures, open_picture
+from .images import CONDITION_IMAGE, check_condition_images, check_pictures, open_picture
+from .prompt_images import prompt_of
 from .prompts import column_names
 
 
@@ -44,7 +45,7 @@ class ColumnReader:
 
     def prepare(self, dataset: AnyDataset, name: str) -> AnyDataset:
         """
-        The dataset with the prompts and the columns that are asked for, its images undecoded; each is read once, so that
+        The dataset with the prompts, the images that they edit, and the columns that are asked for, its images undecoded; each is read once, so that
         a broken file ends the run before it begins, but for those of a stream. To be called by all processes.
 
         Args:
@@ -52,26 +53,50 @@ class ColumnReader:
             name (`str`): what the caller calls it, for the message.
 
         Raises:
-            `ValueError`: an image that cannot be read; the message names its row.
+            `ValueError`: an image that cannot be read, or none to edit; the message names its row.
         """
         dataset = dataset.with_format(None)
-        columns = [column for column in column_names(dataset) if column == "prompt" or self.asked_for(column)]
+        columns = [
+            column
+            for column in column_names(dataset)
+            if column in ("prompt", CONDITION_IMAGE) or self.asked_for(column)
+        ]
         dataset = dataset.select_columns(columns)
         for column, feature in (dataset.features or {}).items():  # a stream may not tell
-            if isinstance(feature, ImageFeature) and feature.decode:
+            if column == CONDITION_IMAGE:
+                dataset = self._prepare_condition(dataset, feature, name)
+            elif isinstance(feature, ImageFeature) and feature.decode:
                 dataset = dataset.cast_column(column, ImageFeature(decode=False))
                 if isinstance(dataset, Dataset):
                     check_pictures(dataset, column, name, self.process_index, self.num_processes)
                 self._image_columns.add(column)
         return dataset
 
+    def _prepare_condition(self, dataset: AnyDataset, feature: Any, name: str) -> AnyDataset:
+        """The dataset with the images to edit undecoded, from images or their paths."""
+        if isinstance(feature, ImageFeature) and not feature.decode:
+            return dataset
+        if not isinstance(feature, ImageFeature) and feature != Value("string"):
+            raise ValueError(
+                f"The column {CONDITION_IMAGE!r} of {name} must be of type datasets.Image or hold paths, got {feature}. Turn "
+                "arrays into pictures with PIL.Image.fromarray, and bytes into images with "
+                f"dataset.cast_column({CONDITION_IMAGE!r}, datasets.Image())."
+            )
+        dataset = dataset.cast_column(CONDITION_IMAGE, ImageFeature(decode=False))
+        if isinstance(dataset, Dataset):
+            check_condition_images(dataset, name, self.process_index, self.num_processes)
+        return dataset
+
     def read(self, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-        """The columns, other than the prompt, of rows of datasets that were prepared."""
-        return {
+        """The columns, other than the prompt, of rows of datasets that were prepared: those that are asked for."""
+        columns = {
             name: [
                 open_picture(row[name]) if name in self._image_columns and row[name] is not None else row[name]
                 for row in rows
             ]
             for name in rows[0]
-            if name != "prompt"
+            if name not in ("prompt", CONDITION_IMAGE)
         }
+        if CONDITION_IMAGE in rows[0] and self.asked_for(CONDITION_IMAGE):
+            columns[CONDITION_IMAGE] = [prompt_of(row).open() for row in rows]
+        return columns

@@ -31,6 +31,8 @@ from PIL import ExifTags, Image, ImageOps
 from tqdm.auto import tqdm
 
 
+# Column of the images that prompts edit.
+CONDITION_IMAGE = "condition_image"
 # Width over height of the aspect buckets.
 RATIOS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 4 / 5, 1.0, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2.0)
 # Modes that become RGB without a decision about what is lost. Those with transparency must turn out opaque.
@@ -185,7 +187,8 @@ class ImageBuckets:
                 f"The column 'image' of train_dataset must be of type datasets.Image, got {feature}. Turn paths or "
                 "bytes into images with dataset.cast_column('image', datasets.Image()), or rename the column."
             )
-        dataset = dataset.with_format(None).select_columns(["prompt", "image"])
+        columns = [column for column in dataset.column_names if column in ("prompt", "image", CONDITION_IMAGE)]
+        dataset = dataset.with_format(None).select_columns(columns)
         dataset = dataset.cast_column("image", ImageFeature(decode=False))
         sizes = read_all(dataset, "image", lambda row, value: _rgb(row, value).size, process_index, num_processes)
         # Of one area, so that the nearest is the one whose aspect is the least times larger or smaller.
@@ -239,29 +242,58 @@ class ImageBuckets:
         return VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy(pictures))
 
 
-def _rgb(row: int, value: dict[str, Any] | None) -> Image.Image:
+def _rgb(row: int, value: dict[str, Any] | None, column: str = "image", name: str = "train_dataset") -> Image.Image:
     """The upright picture of a row as RGB; `ValueError` where that is not possible without a decision of the user."""
     if value is None:
         raise ValueError(
-            f"Row {row} of train_dataset has no image. Filter such rows: "
-            "dataset.filter(lambda row: row['image'] is not None)."
+            f"Row {row} of {name} has no image. Filter such rows: "
+            f"dataset.filter(lambda row: row['{column}'] is not None)."
         )
     try:
         picture = open_picture(value)
     except ValueError as error:
-        raise ValueError(_unreadable(row, error, "train_dataset")) from error
+        raise ValueError(_unreadable(row, error, name)) from error
+    return plain_rgb(picture, f"Row {row} of {name}")
+
+
+def plain_rgb(picture: Image.Image, name: str) -> Image.Image:
+    """
+    A picture as RGB.
+
+    Args:
+        picture (`PIL.Image`): upright.
+        name (`str`): what has it, for the message.
+
+    Raises:
+        `ValueError`: a mode other than `CONVERTIBLE_MODES`, transparent pixels.
+    """
     if picture.mode not in CONVERTIBLE_MODES:
         raise ValueError(
-            f"Row {row} of train_dataset has an image of mode {picture.mode!r}, whose range of values is not known. "
+            f"{name} has an image of mode {picture.mode!r}, whose range of values is not known. "
             f"Rescale it to 8 bits and save it as RGB, or drop the row; {', '.join(CONVERTIBLE_MODES)} can be used."
         )
     # An alpha channel says little, most are opaque: that shows in the pixels.
     if picture.has_transparency_data and picture.convert("RGBA").getchannel("A").getextrema()[0] < 255:
         raise ValueError(
-            f"Row {row} of train_dataset has an image with transparent pixels, and what is behind them is not known. "
+            f"{name} has an image with transparent pixels, and what is behind them is not known. "
             "Lay it on a background (PIL.Image.alpha_composite) and save it as RGB, or drop the row."
         )
     return picture.convert("RGB")
+
+
+def check_condition_images(dataset: Dataset, name: str, process_index: int = 0, num_processes: int = 1) -> None:
+    """
+    Read all images that prompts edit, undecoded, as [`read_all`]: every row must have one that can become RGB.
+
+    Raises:
+        `ValueError`: the message names the row.
+    """
+    name = f"column {CONDITION_IMAGE!r} of {name}"
+
+    def read(row: int, value: dict[str, Any] | None) -> None:
+        _rgb(row, value, CONDITION_IMAGE, name)
+
+    read_all(dataset, CONDITION_IMAGE, read, process_index, num_processes)
 
 
 def _unreadable(row: int, error: Exception, name: str) -> str:

@@ -17,6 +17,7 @@ from .chroma import ChromaFlowModel
 from .conditioning import Conditioning, open_prompt_store
 from .flux import FluxFlowModel
 from .flux2 import Flux2FlowModel, Flux2KleinFlowModel
+from .flux_kontext import FluxKontextFlowModel
 from .krea2 import Krea2FlowModel
 from .loading import FLOW_MODELS, load_flow_model, whole_weights
 from .qwen_image import QwenImageFlowModel
@@ -34,6 +35,7 @@ __all__ = [
     "Flux2FlowModel",
     "Flux2KleinFlowModel",
     "FluxFlowModel",
+    "FluxKontextFlowModel",
     "Krea2FlowModel",
     "QwenImageFlowModel",
     "SD3FlowModel",
