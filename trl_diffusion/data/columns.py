@@ -15,17 +15,20 @@
 """The columns of a dataset besides the prompt: those that a reward asks for, and no others, are read."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-from datasets import Dataset, IterableDataset, Value
+from datasets import Dataset
 from datasets import Image as ImageFeature
 
-from .images import CONDITION_IMAGE, check_condition_images, check_pictures, open_picture
+from .images import (
+    AnyDataset,
+    check_condition_images,
+    check_pictures,
+    open_picture,
+    undecoded_condition_images,
+)
 from .prompt_images import prompt_of
-from .prompts import column_names
-
-
-AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
+from .prompts import CONDITION_IMAGE, column_names
 
 
 class ColumnReader:
@@ -64,27 +67,15 @@ class ColumnReader:
         dataset = dataset.select_columns(columns)
         for column, feature in (dataset.features or {}).items():  # a stream may not tell
             if column == CONDITION_IMAGE:
-                dataset = self._prepare_condition(dataset, feature, name)
+                is_new = not isinstance(feature, ImageFeature) or feature.decode
+                dataset = undecoded_condition_images(dataset, name)
+                if is_new and isinstance(dataset, Dataset):
+                    check_condition_images(dataset, name, self.process_index, self.num_processes)
             elif isinstance(feature, ImageFeature) and feature.decode:
                 dataset = dataset.cast_column(column, ImageFeature(decode=False))
                 if isinstance(dataset, Dataset):
                     check_pictures(dataset, column, name, self.process_index, self.num_processes)
                 self._image_columns.add(column)
-        return dataset
-
-    def _prepare_condition(self, dataset: AnyDataset, feature: Any, name: str) -> AnyDataset:
-        """The dataset with the images to edit undecoded, from images or their paths."""
-        if isinstance(feature, ImageFeature) and not feature.decode:
-            return dataset
-        if not isinstance(feature, ImageFeature) and feature != Value("string"):
-            raise ValueError(
-                f"The column {CONDITION_IMAGE!r} of {name} must be of type datasets.Image or hold paths, got {feature}. Turn "
-                "arrays into pictures with PIL.Image.fromarray, and bytes into images with "
-                f"dataset.cast_column({CONDITION_IMAGE!r}, datasets.Image())."
-            )
-        dataset = dataset.cast_column(CONDITION_IMAGE, ImageFeature(decode=False))
-        if isinstance(dataset, Dataset):
-            check_condition_images(dataset, name, self.process_index, self.num_processes)
         return dataset
 
     def read(self, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:

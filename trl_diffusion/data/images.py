@@ -23,16 +23,16 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset
+from datasets import Dataset, IterableDataset, Value
 from datasets import Image as ImageFeature
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.training_utils import find_nearest_bucket
 from PIL import ExifTags, Image, ImageOps
 from tqdm.auto import tqdm
 
+from .prompts import CONDITION_IMAGE
 
-# Column of the images that prompts edit.
-CONDITION_IMAGE = "condition_image"
+
 # Width over height of the aspect buckets.
 RATIOS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 4 / 5, 1.0, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2.0)
 # Modes that become RGB without a decision about what is lost. Those with transparency must turn out opaque.
@@ -53,6 +53,7 @@ _TURNS = {
 }
 
 T = TypeVar("T")
+AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 
 
 def open_picture(value: dict[str, Any]) -> Image.Image:
@@ -171,7 +172,8 @@ class ImageBuckets:
 
     Attributes:
         dataset (`datasets.Dataset`):
-            The prompts with their undecoded images and the numbers of their rows; what is to be loaded by [`load`].
+            The prompts with their undecoded images, those that they edit, and the numbers of their rows; what is to be
+            loaded by [`load`].
         bucket_of_row (`list[int]`):
             Bucket of each row, an index of `RATIOS`.
 
@@ -190,6 +192,8 @@ class ImageBuckets:
         columns = [column for column in dataset.column_names if column in ("prompt", "image", CONDITION_IMAGE)]
         dataset = dataset.with_format(None).select_columns(columns)
         dataset = dataset.cast_column("image", ImageFeature(decode=False))
+        if CONDITION_IMAGE in columns:
+            dataset = undecoded_condition_images(dataset, "train_dataset")
         sizes = read_all(dataset, "image", lambda row, value: _rgb(row, value).size, process_index, num_processes)
         # Of one area, so that the nearest is the one whose aspect is the least times larger or smaller.
         buckets = [(1 / math.sqrt(ratio), math.sqrt(ratio)) for ratio in RATIOS]
@@ -279,6 +283,23 @@ def plain_rgb(picture: Image.Image, name: str) -> Image.Image:
             "Lay it on a background (PIL.Image.alpha_composite) and save it as RGB, or drop the row."
         )
     return picture.convert("RGB")
+
+
+def undecoded_condition_images(dataset: AnyDataset, name: str) -> AnyDataset:
+    """
+    The dataset with the images that prompts edit undecoded, from images or from their paths.
+
+    Raises:
+        `ValueError`: a column of another type.
+    """
+    feature = dataset.features[CONDITION_IMAGE]
+    if not isinstance(feature, ImageFeature) and feature != Value("string"):
+        raise ValueError(
+            f"The column {CONDITION_IMAGE!r} of {name} must be of type datasets.Image or hold paths, got {feature}. Turn "
+            f"arrays into pictures with PIL.Image.fromarray, and bytes into images with "
+            f"dataset.cast_column({CONDITION_IMAGE!r}, datasets.Image())."
+        )
+    return dataset.cast_column(CONDITION_IMAGE, ImageFeature(decode=False))
 
 
 def check_condition_images(dataset: Dataset, name: str, process_index: int = 0, num_processes: int = 1) -> None:

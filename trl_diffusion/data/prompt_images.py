@@ -16,16 +16,18 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from PIL import Image
 
-from .images import CONDITION_IMAGE, open_picture, plain_rgb
+from .images import open_picture, plain_rgb
+from .prompts import CONDITION_IMAGE
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,13 @@ def prompt_of(row: Mapping[str, Any]) -> Prompt:
     return with_image(row["prompt"], row[CONDITION_IMAGE]) if CONDITION_IMAGE in row else row["prompt"]
 
 
+def prompts_in(dataset: Dataset) -> Iterator[Prompt]:
+    """The prompts of a dataset, as [`prompt_of`]."""
+    if CONDITION_IMAGE not in dataset.column_names:
+        return iter(dataset["prompt"])
+    return map(prompt_of, dataset.select_columns(["prompt", CONDITION_IMAGE]))
+
+
 def text_of(prompt: Prompt) -> str:
     """The text of a prompt, without its image."""
     return prompt.text if isinstance(prompt, PromptWithImage) else prompt
@@ -142,3 +151,16 @@ def texts_of(prompts: list[Prompt]) -> list[str]:
 def key_of(prompt: Prompt) -> Prompt:
     """A prompt that is equal to this one, and holds no picture in memory."""
     return replace(prompt, image=None) if isinstance(prompt, PromptWithImage) else prompt
+
+
+def to_json(prompts: list[Prompt]) -> list[str | dict[str, str]]:
+    """Prompts as JSON, without their images."""
+    return [
+        {"text": prompt.text, "digest": prompt.digest} if isinstance(prompt, PromptWithImage) else prompt
+        for prompt in prompts
+    ]
+
+
+def from_json(values: list[str | dict[str, str]]) -> list[Prompt]:
+    """The inverse of [`to_json`]: prompts that are equal to those, without images."""
+    return [PromptWithImage(**value) if isinstance(value, dict) else value for value in values]

@@ -26,8 +26,8 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..data.images import CONDITION_IMAGE
 from ..data.prompt_images import Prompt
+from ..data.prompts import CONDITION_IMAGE
 from .vae_gradients import recomputed
 
 
