@@ -21,6 +21,7 @@ from .flux_kontext import FluxKontextFlowModel
 from .krea2 import Krea2FlowModel
 from .loading import FLOW_MODELS, load_flow_model, whole_weights
 from .qwen_image import QwenImageFlowModel
+from .qwen_image_edit import QwenImageEditFlowModel, QwenImageEditPlusFlowModel
 from .sampler import Sampler
 from .sana import SanaFlowModel
 from .sd3 import SD3FlowModel
@@ -37,6 +38,8 @@ __all__ = [
     "FluxFlowModel",
     "FluxKontextFlowModel",
     "Krea2FlowModel",
+    "QwenImageEditFlowModel",
+    "QwenImageEditPlusFlowModel",
     "QwenImageFlowModel",
     "SD3FlowModel",
     "Sampler",

@@ -42,6 +42,7 @@ from .flux_kontext import FluxKontextFlowModel
 from .krea2 import Krea2FlowModel
 from .passed import make_plain
 from .qwen_image import QwenImageFlowModel
+from .qwen_image_edit import QwenImageEditFlowModel, QwenImageEditPlusFlowModel
 from .sana import SanaFlowModel
 from .sd3 import SD3FlowModel
 from .z_image import ZImageFlowModel
@@ -60,6 +61,8 @@ FLOW_MODELS: dict[str, type[FlowModel]] = {
         Flux2KleinFlowModel,
         ZImageFlowModel,
         FluxKontextFlowModel,
+        QwenImageEditPlusFlowModel,
+        QwenImageEditFlowModel,
     )
 }
 """The supported families: pipeline class name to [`FlowModel`]."""
