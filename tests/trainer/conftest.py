@@ -26,6 +26,7 @@ from tiny_models import (
     tiny_flux_kontext_pipeline,
     tiny_flux_pipeline,
     tiny_krea2_pipeline,
+    tiny_qwen_image_edit_plus_pipeline,
     tiny_qwen_image_pipeline,
     tiny_sana_pipeline,
     tiny_sd3_pipeline,
@@ -46,8 +47,9 @@ PIPELINES = {
     "sana": tiny_sana_pipeline,
     "krea2": tiny_krea2_pipeline,
     "flux-kontext": tiny_flux_kontext_pipeline,
+    "qwen-image-edit-plus": tiny_qwen_image_edit_plus_pipeline,
 }
-EDITING = ("flux-kontext",)
+EDITING = ("flux-kontext", "qwen-image-edit-plus")
 
 
 def redness(images, prompts, **columns):

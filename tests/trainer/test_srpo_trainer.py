@@ -352,6 +352,7 @@ class TestObjective:
             {"family": "sana", "guidance_scale": 3.0, "negative_prompt": "dull"},
             {"family": "krea2", "guidance_scale": 3.0, "negative_prompt": "dull"},
             {"family": "flux-kontext"},
+            {"family": "qwen-image-edit-plus", "guidance_scale": 3.0, "negative_prompt": "dull"},
             {"reward_funcs": [Taste("a"), Taste("b")], "reward_weights": [1.0, 0.5]},
             {"estimator": "refl", "num_landings": 2},
             {"estimator": "draft"},
