@@ -20,7 +20,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -927,60 +926,6 @@ def test_each_row_sees_its_own_image(family):
     for row in range(4):
         torch.testing.assert_close(velocity([row])[0], together[row], rtol=0, atol=1e-5)
     torch.testing.assert_close(velocity([2, 0, 1]), together[[2, 0, 1]], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "form",
-    [
-        lambda picture, folder: picture,
-        lambda picture, folder: np.asarray(picture),
-        lambda picture, folder: np.asarray(picture) / 255,
-        lambda picture, folder: torch.from_numpy(np.array(picture)).permute(2, 0, 1),
-        lambda picture, folder: torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255,
-        lambda picture, folder: saved(picture, folder / "picture.png"),
-        lambda picture, folder: {"bytes": saved(picture, folder / "picture.png").read_bytes(), "path": None},
-        lambda picture, folder: picture.convert("RGBA"),
-    ],
-)
-def test_an_image_may_be_given_in_any_form(form, tmp_path):
-    assert np.array_equal(with_image("a", form(PICTURES[0], tmp_path)).open(), PICTURES[0])
-
-
-def saved(picture, path):
-    picture.save(path)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("image", "error", "message"),
-    [
-        (None, ValueError, "'a cat' has no image. Give a PIL.Image, a path"),
-        (3, TypeError, "'a cat' has an image of type int"),
-        (
-            "nowhere.png",
-            ValueError,
-            "condition_image 'nowhere.png' of the prompt 'a cat' cannot be read: No such file",
-        ),
-        (np.zeros((4, 4)), ValueError, r"'a cat' has an image of shape \(4, 4\)"),
-        (np.full((4, 4, 3), 255.0), ValueError, "values from 255 to 255. Floating point must lie in"),
-        (
-            {"bytes": b"none", "path": None},
-            ValueError,
-            "condition_image of the prompt 'a cat' cannot be read: Unidenti",
-        ),
-        (Image.new("RGBA", (4, 4)), ValueError, "The prompt 'a cat' has an image with transparent pixels"),
-        (Image.new("F", (4, 4)), ValueError, "The prompt 'a cat' has an image of mode 'F'"),
-    ],
-)
-def test_an_image_that_cannot_be_used_names_its_prompt(image, error, message):
-    with pytest.raises(error, match=message):
-        with_image("a cat", image).open()
-
-
-def test_prompts_are_equal_where_text_and_image_are():
-    red, blue = PICTURES
-    prompts = [with_image("a", red), with_image("a", red.copy()), with_image("a", blue), with_image("b", red), "a"]
-    assert prompts[0] == prompts[1] and len(set(prompts)) == 4
 
 
 def test_a_family_says_whether_it_edits_images():

@@ -19,8 +19,9 @@ import sys
 
 from datasets import Dataset
 from peft import LoraConfig
+from PIL import Image
 from safetensors.torch import save_file
-from tiny_models import tiny_flux_pipeline
+from tiny_models import tiny_flux_kontext_pipeline, tiny_flux_pipeline
 
 from trl_diffusion import ChunkGRPOConfig, ChunkGRPOTrainer
 
@@ -31,6 +32,7 @@ def redness(images, prompts, **columns):
 
 def main(output: str, settings: dict) -> None:
     resume_from = settings.pop("resume_from", None)
+    edits = settings.pop("edits", False)
     config = ChunkGRPOConfig(
         output_dir=output,
         **{
@@ -47,9 +49,14 @@ def main(output: str, settings: dict) -> None:
             **settings,
         },
     )
-    dataset = Dataset.from_list([{"prompt": f"a {name}"} for name in ("cat", "dog", "bird", "fish")])
+    columns = {"prompt": [f"a {name}" for name in ("cat", "dog", "bird", "fish")]}
+    if edits:
+        # Of two sizes, one of which not every process sees at a time.
+        sizes = ((16, 16), (16, 16), (16, 16), (40, 20))
+        columns["condition_image"] = [Image.new("RGB", size, (60 * i, 0, 99)) for i, size in enumerate(sizes)]
+    dataset = Dataset.from_dict(columns)
     trainer = ChunkGRPOTrainer(
-        tiny_flux_pipeline(seed=0),
+        tiny_flux_kontext_pipeline(seed=0) if edits else tiny_flux_pipeline(seed=0),
         redness,
         config,
         dataset,

@@ -83,11 +83,14 @@ TWO_STEPS_A_GENERATION = {"gradient_accumulation_steps": 2, "steps_per_generatio
             },
             ["two/checkpoint-1"],
         ),
+        # Micro-batches of two prompts, whose images to edit go through the network together or one after the other.
+        ({"edits": True, "size": 4, "num_generations": 2, "gradient_accumulation_steps": 1}, []),
     ],
-    ids=["on-policy", "off-policy", "window"],
+    ids=["on-policy", "off-policy", "window", "editing"],
 )
 def test_ddp_equals_one_process(tmp_path, settings, resumed):
-    size = 2
+    size = settings.get("size", 2)
+    settings = {name: value for name, value in settings.items() if name != "size"}
     settings |= {"per_device_train_batch_size": size, "save_strategy": "steps", "save_steps": 1}
     one, log_one = run(tmp_path / "one", 1, **{**settings, "per_device_train_batch_size": 2 * size})
     two, log_two = run(tmp_path / "two", 2, **settings)

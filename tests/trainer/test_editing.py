@@ -84,7 +84,6 @@ def test_the_image_decides_what_is_drawn(make_trainer):
 @both
 @pytest.mark.parametrize("form", ["paths", "stream", "windows", "store"])
 def test_a_run_is_the_same_however_its_images_come(make_trainer, tmp_path, monkeypatch, form, family):
-    monkeypatch.setenv("HF_ASSETS_CACHE", str(tmp_path / "assets"))
     dataset, settings = dataset_of(family), {}
     make = partial(make_trainer, family, model=str(saved_model(tmp_path, family)), **GUIDANCE.get(family, {}))
     make = partial(make, optim="sgd", learning_rate=1.0)

@@ -48,8 +48,9 @@ class ColumnReader:
 
     def prepare(self, dataset: AnyDataset, name: str) -> AnyDataset:
         """
-        The dataset with the prompts, the images that they edit, and the columns that are asked for, its images undecoded; each is read once, so that
-        a broken file ends the run before it begins, but for those of a stream. To be called by all processes.
+        The dataset with the prompts, the images that they edit, and the columns that are asked for, its images undecoded;
+        each is read once, so that a broken file ends the run before it begins, but for those of a stream. To be called by
+        all processes.
 
         Args:
             dataset (`datasets.Dataset`): as the user gave it, or as this method returned it.
@@ -89,5 +90,7 @@ class ColumnReader:
             if name not in ("prompt", CONDITION_IMAGE)
         }
         if CONDITION_IMAGE in rows[0] and self.asked_for(CONDITION_IMAGE):
-            columns[CONDITION_IMAGE] = [prompt_of(row).open() for row in rows]
+            prompts = [prompt_of(row) for row in rows]
+            pictures = {prompt: prompt.open() for prompt in dict.fromkeys(prompts)}  # once for all images of a prompt
+            columns[CONDITION_IMAGE] = [pictures[prompt] for prompt in prompts]
         return columns

@@ -59,7 +59,8 @@ class FlowModel(ABC):
     are the VAE's, normalised: `(B, C, h, w)`, or `(B, C, F, h, w)` with frames, always float32. How the network wants
     them (packed, patched, as a list), and the time, and in which sign it answers, is known to the family's `forward`
     alone; so the size of an image follows from its latents. The VAE, the text encoders and the denoiser are put in
-    eval mode and frozen; the trainer makes the denoiser, or its adapter, trainable again.
+    eval mode and frozen; the trainer makes the denoiser, or its adapter, trainable again. A family that edits an image is
+    an [`~trl_diffusion.models.editing.EditingFlowModel`].
 
     A new family is one subclass with `encode` and `forward`, one entry of `FLOW_MODELS` and one row in the table of
     `tests/models/test_families.py`, which requires the very latents and images of the family's own pipeline. What it

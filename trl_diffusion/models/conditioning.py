@@ -88,7 +88,7 @@ class Conditioning:
     The conditioning of prompts, encoded in windows: where a prompt is asked for that is not there, it is encoded together
     with those that come next, and those before are let go. So neither the memory nor the time to the first step
     depends on the size of the dataset. The text encoders are on the accelerator while a window is encoded, and
-    elsewhere on the CPU.
+    elsewhere on the CPU. Where prompts come with images to edit, these are encoded with them.
 
     Each process encodes what its own images need. Prompts are encoded one by one, so that embeddings depend neither on
     the prompts beside nor on where a window begins; text encoders of real size are busy with one.

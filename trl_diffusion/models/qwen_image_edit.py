@@ -12,8 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-from typing import Any
-
 import torch
 from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
@@ -33,7 +31,7 @@ class QwenImageEditPlusFlowModel(EditingFlowModel, QwenImageFlowModel):
 
     pipeline_class = QwenImageEditPlusPipeline
 
-    def __init__(self, pipeline: Any):
+    def __init__(self, pipeline: QwenImageEditPlusPipeline | QwenImageEditPipeline):
         super().__init__(pipeline)
         if pipeline.processor is not None:
             self.tokenizers["processor"] = pipeline.processor

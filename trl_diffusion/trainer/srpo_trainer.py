@@ -98,7 +98,9 @@ class SRPOTrainer(DiffusionTrainer):
         args ([`SRPOConfig`], *optional*):
             Settings.
         train_dataset (`datasets.Dataset` or `datasets.IterableDataset`):
-            Prompts, in a column "prompt". A stream needs `max_steps` and is trained in its own order. With a column "image" (`datasets.Image`) the images replace the rollout.
+            Prompts, in a column "prompt", and for a model that edits images these, in a column "condition_image". A stream
+            needs `max_steps` and is trained in its own order. With a column "image" (`datasets.Image`) the images replace
+            the rollout.
         eval_dataset (`datasets.Dataset`, *optional*):
             Prompts of the evaluations.
         callbacks (`list[TrainerCallback]`, *optional*):
