@@ -36,6 +36,7 @@ COMMANDS = {
     "export": "write an adapter for another program, as ComfyUI",
     "generate": "draw images with a model, its adapter, or a hybrid of both",
     "merge": "fold an adapter into a whole pipeline",
+    "plan": "say whether a run will fit, how long it takes and what it costs, without an accelerator",
     "reward-server": "serve a reward over HTTP",
     "srpo": "train a text-to-image model with SRPO",
 }

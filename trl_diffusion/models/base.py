@@ -34,9 +34,12 @@ from .vae_gradients import recomputed
 _NEGATIVE = "negative_"
 
 
-def add_negative(conditioning: dict[str, torch.Tensor], negative: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A conditioning of B rows, with those of their negative prompts as entries `negative_{name}`."""
-    return {**conditioning, **{f"{_NEGATIVE}{name}": tensor for name, tensor in negative.items()}}
+def add_negative(
+    conditioning: dict[str, torch.Tensor], negative: dict[str, torch.Tensor], num: int
+) -> dict[str, torch.Tensor]:
+    """A conditioning of B rows, with those of negative prompts, one for all or B, as B more entries `negative_{name}`."""
+    expanded = {f"{_NEGATIVE}{name}": tensor.expand(num, *tensor.shape[1:]) for name, tensor in negative.items()}
+    return {**conditioning, **expanded}
 
 
 def check_multiple(height: int, width: int, multiple: int, family: str) -> None:
@@ -316,6 +319,17 @@ class FlowModel(ABC):
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             return self.encode(prompts, device)
 
+    def empty_row(self) -> dict[str, torch.Tensor]:
+        """
+        Tensors of the shapes and dtypes of a prompt's conditioning at its longest, with any content: what a network is
+        counted with, from its configuration alone.
+        """
+        return {"prompt_embeds": torch.empty(self.max_sequence_length, self.transformer_config.joint_attention_dim)}
+
+    def row_lengths(self, mask: torch.Tensor) -> list[int]:
+        """Length of each row of a batch by its mask `(B, L)`."""
+        return mask.sum(1).tolist()
+
     def row_length(self, row: dict[str, torch.Tensor]) -> int:
         """Length of a prompt's conditioning; 0 where the family's all have the same."""
         return max((len(row[name]) for name in self.variable_length), default=0)
@@ -369,7 +383,7 @@ class FlowModel(ABC):
         batch = self.collate(self.encode_rows([*prompts, *distinct]))
         rows = [len(prompts) + distinct.index(negative) for negative in negatives]
         conditioning = {name: tensor[: len(prompts)] for name, tensor in batch.items()}
-        return add_negative(conditioning, {name: tensor[rows] for name, tensor in batch.items()})
+        return add_negative(conditioning, {name: tensor[rows] for name, tensor in batch.items()}, len(prompts))
 
     @property
     def can_encode(self) -> bool:

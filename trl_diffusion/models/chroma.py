@@ -49,6 +49,9 @@ class ChromaFlowModel(FlowModel):
             for embeds, row in zip(prompt_embeds, mask, strict=True)
         ]
 
+    def empty_row(self) -> dict[str, torch.Tensor]:
+        return {**super().empty_row(), "prompt_attention_mask": torch.empty(self.max_sequence_length)}
+
     def forward(
         self,
         denoiser: torch.nn.Module,

@@ -189,7 +189,9 @@ class Conditioning:
         # Prompts and negative prompts of one batch have one length.
         length = max(self._length, *map(self.flow_model.row_length, rows.values()))
         conditioning = self._batch(prompts, rows, length)
-        return add_negative(conditioning, self._batch(negatives, rows, length)) if negatives else conditioning
+        if not negatives:
+            return conditioning
+        return add_negative(conditioning, self._batch(negatives, rows, length), len(prompts))
 
     def _batch(self, prompts: list[Prompt], rows: dict[Prompt, Row], length: int) -> Row:
         # Each distinct prompt is moved once; its G generations are copies on the device.

@@ -87,8 +87,17 @@ class EditingFlowModel(FlowModel):
             finally:
                 self.vae.to(before)
 
+    def empty_row(self) -> dict[str, torch.Tensor]:
+        # The pipelines give the network about a million pixels.
+        latents = torch.empty(self.latent_shape(1024, 1024))
+        return {**super().empty_row(), "image_latents": latents, "image_size": torch.empty(2, dtype=torch.int64)}
+
+    def image_sizes(self, conditioning: dict[str, torch.Tensor]) -> list[list[int]]:
+        """Height and width of the image's latents of each row of a batch."""
+        return conditioning["image_size"].tolist()
+
     def collate(self, rows: list[dict[str, torch.Tensor]], length: int | None = None) -> dict[str, torch.Tensor]:
-        height, width = torch.stack([row["image_size"] for row in rows]).amax(0).tolist()
+        height, width = (max(row["image_latents"].shape[axis] for row in rows) for axis in (-2, -1))
         padded = []
         for row in rows:
             latents = row["image_latents"]
@@ -105,7 +114,7 @@ class EditingFlowModel(FlowModel):
         guidance_scale: float,
     ) -> torch.Tensor:
         rows_of_size: dict[tuple[int, ...], list[int]] = {}
-        for row, size in enumerate(conditioning["image_size"].tolist()):
+        for row, size in enumerate(self.image_sizes(conditioning)):
             rows_of_size.setdefault(tuple(size), []).append(row)
         velocities, order = [], []
         for (height, width), rows in rows_of_size.items():

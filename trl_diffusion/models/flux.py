@@ -49,6 +49,12 @@ class FluxFlowModel(FlowModel):
             for embeds, pooled in zip(prompt_embeds, pooled_prompt_embeds, strict=True)
         ]
 
+    def empty_row(self) -> dict[str, torch.Tensor]:
+        return {
+            **super().empty_row(),
+            "pooled_prompt_embeds": torch.empty(self.transformer_config.pooled_projection_dim),
+        }
+
     def forward(
         self,
         denoiser: torch.nn.Module,

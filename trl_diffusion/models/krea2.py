@@ -54,6 +54,11 @@ class Krea2FlowModel(QwenImageFlowModel):
         )
         return [{"prompt_embeds": embeds[kept]} for embeds, kept in zip(prompt_embeds, mask, strict=True)]
 
+    def empty_row(self) -> dict[str, torch.Tensor]:
+        config = self.transformer_config
+        shape = self.max_sequence_length, config.num_text_layers, config.text_hidden_dim
+        return {"prompt_embeds": torch.empty(shape)}
+
     def forward(
         self,
         denoiser: torch.nn.Module,

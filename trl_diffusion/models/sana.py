@@ -66,6 +66,12 @@ class SanaFlowModel(FlowModel):
             rows.append({"prompt_embeds": embeds[0], "prompt_attention_mask": mask[0]})
         return rows
 
+    def empty_row(self) -> dict[str, torch.Tensor]:
+        return {
+            "prompt_embeds": torch.empty(self.max_sequence_length, self.transformer_config.caption_channels),
+            "prompt_attention_mask": torch.empty(self.max_sequence_length, dtype=torch.int64),
+        }
+
     def forward(
         self,
         denoiser: torch.nn.Module,

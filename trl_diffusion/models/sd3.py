@@ -70,6 +70,14 @@ class SD3FlowModel(FlowModel):
             for embeds, pooled in zip(prompt_embeds, pooled_prompt_embeds, strict=True)
         ]
 
+    def empty_row(self) -> dict[str, torch.Tensor]:
+        length = self.pipeline.tokenizer_max_length + self.max_sequence_length
+        config = self.transformer_config
+        return {
+            "prompt_embeds": torch.empty(length, config.joint_attention_dim),
+            "pooled_prompt_embeds": torch.empty(config.pooled_projection_dim),
+        }
+
     def forward(
         self,
         denoiser: torch.nn.Module,

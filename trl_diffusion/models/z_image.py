@@ -69,6 +69,9 @@ class ZImageFlowModel(FlowModel):
         )
         return [{"prompt_embeds": embeds} for embeds in prompt_embeds]
 
+    def empty_row(self) -> dict[str, torch.Tensor]:
+        return {"prompt_embeds": torch.empty(self.max_sequence_length, self.transformer_config.cap_feat_dim)}
+
     def forward(
         self,
         denoiser: torch.nn.Module,
@@ -77,7 +80,7 @@ class ZImageFlowModel(FlowModel):
         conditioning: dict[str, torch.Tensor],
         guidance_scale: float,
     ) -> torch.Tensor:
-        lengths = conditioning["prompt_embeds_mask"].sum(1).tolist()
+        lengths = self.row_lengths(conditioning["prompt_embeds_mask"])
         prompts = [embeds[:length] for embeds, length in zip(conditioning["prompt_embeds"], lengths, strict=True)]
         images = list(latents.unsqueeze(2).unbind())  # each of one frame
         return -torch.stack(denoiser(images, 1 - sigma, prompts, return_dict=False)[0]).squeeze(2)
