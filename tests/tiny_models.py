@@ -36,10 +36,13 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
@@ -49,7 +52,9 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.pipelines.flux import pipeline_flux_kontext
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -67,6 +72,7 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen2VLProcessor,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
@@ -76,6 +82,8 @@ from transformers import (
     T5EncoderModel,
     T5TokenizerFast,
 )
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.processing_utils import ProcessorMixin
 
 
 def clip_tokenizer(max_length: int = 64) -> CLIPTokenizer:
@@ -98,6 +106,13 @@ def t5_tokenizer(max_length: int = 48) -> T5TokenizerFast:
 _QWEN_TEMPLATE = (
     "system|Describe| the| image| by| detailing| color| shape| size| texture| quantity| text| spatial| relationships| of"
     "| objects| and| background|user|assistant"
+).split("|")
+
+
+# Likewise for the pipelines that edit, whose template begins with 64.
+_QWEN_EDIT_TEMPLATE = (
+    " the| key| features| of| input| image| (|'s|),| explain| how| user| instruction| should| alter| or| modify| Generate| a"
+    "| new| that| meets| requirements| while| maintaining| consistency| with| original| where| appropriate| then"
 ).split("|")
 
 
@@ -229,6 +244,27 @@ def tiny_flux_pipeline(
             Whether the schedule shifts with the resolution. As the two published models by default: dev does, schnell
             does not.
     """
+    return _flux(FluxPipeline, guidance_embeds, seed, dynamic_shifting)
+
+
+def tiny_flux_kontext_pipeline(guidance_embeds: bool = True, seed: int = 0) -> FluxKontextPipeline:
+    """
+    A FLUX.1 Kontext pipeline in small, float32, on the CPU. The sizes that it prefers for the images that it edits become
+    small too, for all pipelines of this process.
+
+    Args:
+        guidance_embeds (`bool`, *optional*, defaults to `True`):
+            Whether the network takes the guidance, as the published one does.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights. The global generator is left as it was.
+    """
+    pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS = [(12, 22), (16, 16), (24, 12)]  # width, height
+    return _flux(FluxKontextPipeline, guidance_embeds, seed)
+
+
+def _flux(
+    pipeline_class: type[DiffusionPipeline], guidance_embeds: bool, seed: int, dynamic_shifting: bool | None = None
+) -> DiffusionPipeline:
     if dynamic_shifting is None:
         dynamic_shifting = guidance_embeds
     tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
@@ -249,7 +285,7 @@ def tiny_flux_pipeline(
         text_encoder_2 = _t5_encoder(tokenizer_2, hidden_size=32)
         vae = _vae()
     return _ready(
-        FluxPipeline,
+        pipeline_class,
         scheduler=FlowMatchEulerDiscreteScheduler(
             shift=3.0 if dynamic_shifting else 1.0, use_dynamic_shifting=dynamic_shifting
         ),
@@ -501,7 +537,68 @@ def tiny_qwen_image_pipeline(seed: int = 0) -> QwenImagePipeline:
         seed (`int`, *optional*, defaults to `0`):
             Seed of the weights. The global generator is left as it was.
     """
+    return _qwen_image(QwenImagePipeline, qwen_tokenizer(), seed)
+
+
+def tiny_qwen_image_edit_plus_pipeline(zero_cond_t: bool = False, seed: int = 0) -> QwenImageEditPlusPipeline:
+    """
+    A Qwen-Image-Edit pipeline of release 2509 or later in small, float32, on the CPU. The sizes of the images that it
+    edits become small too, for all pipelines of this process.
+
+    Args:
+        zero_cond_t (`bool`, *optional*, defaults to `False`):
+            Whether the network takes the image for clean, as that of release 2511 does.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights. The global generator is left as it was.
+    """
+    pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE = 32 * 32
+    pipeline_qwenimage_edit_plus.CONDITION_IMAGE_SIZE = 64 * 64
+    return _qwen_image_edit(QwenImageEditPlusPipeline, seed, zero_cond_t)
+
+
+def tiny_qwen_image_edit_pipeline(seed: int = 0) -> QwenImageEditPipeline:
+    """
+    A pipeline of the first release of Qwen-Image-Edit in small, float32, on the CPU. The size of the images that it edits
+    becomes small too, for all pipelines of this process.
+
+    Args:
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights. The global generator is left as it was.
+    """
+    pipeline_qwenimage_edit.calculate_dimensions = _small_dimensions
+    return _qwen_image_edit(QwenImageEditPipeline, seed)
+
+
+def _small_dimensions(area: int, ratio: float) -> tuple[int, int, None]:
+    """As the pipeline's own, for a thousandth of the area."""
+    return (*pipeline_qwenimage_edit_plus.calculate_dimensions(area / 1024, ratio), None)
+
+
+class QwenImageOnlyProcessor(Qwen2VLProcessor):
+    """Without the part for videos, which needs torchvision."""
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+        self.image_token, self.image_token_id = "<|image_pad|>", tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+def _qwen_image_edit(
+    pipeline_class: type[DiffusionPipeline], seed: int, zero_cond_t: bool = False
+) -> DiffusionPipeline:
     tokenizer = qwen_tokenizer()
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in _QWEN_EDIT_TEMPLATE])
+    image_processor = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=64 * 64)
+    processor = QwenImageOnlyProcessor(image_processor, tokenizer)
+    return _qwen_image(pipeline_class, tokenizer, seed, zero_cond_t, processor=processor)
+
+
+def _qwen_image(
+    pipeline_class: type[DiffusionPipeline],
+    tokenizer: Qwen2Tokenizer,
+    seed: int,
+    zero_cond_t: bool = False,
+    **parts: Any,
+) -> DiffusionPipeline:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = QwenImageTransformer2DModel(
@@ -512,6 +609,7 @@ def tiny_qwen_image_pipeline(seed: int = 0) -> QwenImagePipeline:
             num_attention_heads=2,
             joint_attention_dim=32,
             axes_dims_rope=(4, 6, 6),
+            zero_cond_t=zero_cond_t,
         )
         text_encoder = Qwen2_5_VLForConditionalGeneration(
             Qwen2_5_VLConfig(
@@ -543,7 +641,7 @@ def tiny_qwen_image_pipeline(seed: int = 0) -> QwenImagePipeline:
         )
         vae = _qwen_image_vae()
     return _ready(
-        QwenImagePipeline,
+        pipeline_class,
         scheduler=FlowMatchEulerDiscreteScheduler(
             shift=1.0,
             use_dynamic_shifting=True,
@@ -556,6 +654,7 @@ def tiny_qwen_image_pipeline(seed: int = 0) -> QwenImagePipeline:
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         transformer=transformer,
+        **parts,
     )
 
 

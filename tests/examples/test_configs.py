@@ -46,6 +46,7 @@ MODELS = {
     "z-image": "Tongyi-MAI/Z-Image",
     "chroma": "lodestones/Chroma1-HD",
     "krea2": "krea/Krea-2-Raw",
+    "flux-kontext": "black-forest-labs/FLUX.1-Kontext-dev",
     "sana": "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers",
 }
 

@@ -229,6 +229,15 @@ def test_the_hybrid_is_that_of_a_lora_trained_with_chunk_grpo():
         assert "disable_lora" not in str(build_model_card(model_name="x", pipeline_class="FluxPipeline", **more))
 
 
+def test_the_examples_of_an_editing_model_load_an_image_and_keep_it():
+    card = build_model_card(model_name="x", pipeline_class="FluxKontextPipeline", takes_image=True)
+    assert card.data.pipeline_tag == "image-to-image" and "text-to-image" not in card.data.tags
+    usage, hybrid = code_blocks(str(card))
+    assert 'source = load_image("path/or/url/of/an/image")' in usage and "import load_image" in usage
+    # Each draws from the source, and none from what was drawn before.
+    assert usage.count("image=source") == hybrid.count("image=source") == 1
+
+
 def test_the_distilled_model_and_the_one_that_it_is_distilled_from_are_both_named():
     arguments = {"model_name": "x", "pipeline_class": "FluxPipeline"}
     card = str(build_model_card(**arguments, base_model="alice/fast", undistilled_model="alice/slow"))

@@ -25,8 +25,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import tiny_flux_pipeline, tiny_sana_pipeline, tiny_sd3_pipeline
+from PIL import Image
+from tiny_models import (
+    tiny_flux_kontext_pipeline,
+    tiny_flux_pipeline,
+    tiny_qwen_image_edit_plus_pipeline,
+    tiny_sana_pipeline,
+    tiny_sd3_pipeline,
+)
 
+from trl_diffusion.data.prompt_images import with_image
 from trl_diffusion.data.prompt_store import PromptStore
 from trl_diffusion.models import Conditioning, load_flow_model, open_prompt_store
 
@@ -374,3 +382,35 @@ def test_killed_while_encoding_then_two_processes_with_half_of_the_rest_each(tmp
     assert (forwards_0, forwards_1) == ("4", "3")
     assert sum_0 == sum_1
     assert "Encoding prompts" in outputs[0][1] and "Encoding prompts" not in outputs[1][1]
+
+
+def test_another_vae_has_other_entries_where_images_are_encoded():
+    def key(build, changed):
+        pipeline = build()
+        with torch.no_grad():
+            pipeline.vae.encoder.conv_in.bias += changed
+        return open_prompt_store(load_flow_model(pipeline), 1).key
+
+    assert key(tiny_flux_kontext_pipeline, 0) == key(tiny_flux_kontext_pipeline, 0)
+    assert key(tiny_flux_kontext_pipeline, 0) != key(tiny_flux_kontext_pipeline, 1)
+    assert key(tiny_flux_pipeline, 0) == key(tiny_flux_pipeline, 1)
+
+
+def test_negative_prompts_of_images_come_and_go_with_their_window():
+    """Guidance leads away from the negative prompt on the very image that is edited."""
+    flow_model = load_flow_model(tiny_qwen_image_edit_plus_pipeline(), negative_prompt="dull")
+    images = [Image.new("RGB", size, "red") for size in ((40, 21), (33, 34), (20, 44), (30, 30))]
+    prompts = [with_image("a cat", image) for image in images]
+    conditioning = Conditioning(flow_model, CPU, window=2)
+    conditioning.upcoming = lambda: iter(prompts)
+    for i in (0, 2, 1, 3):
+        actual, expected = conditioning.get(prompts[i : i + 1]), flow_model.encode_prompt(prompts[i : i + 1])
+        assert actual.keys() == expected.keys()
+        for name in ("image_latents", "negative_image_latents", "image_size", "negative_image_size"):
+            torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=1e-5)
+        length = expected["negative_prompt_embeds"].shape[1]
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            torch.testing.assert_close(actual[name][:, :length], expected[name], rtol=0, atol=1e-5)
+        assert len(conditioning._window) == 4  # two prompts and what leads away from each
+    # No picture waits in memory for what is encoded.
+    assert all(prompt.image is None for prompt in conditioning._encoded(prompts[:1]))

@@ -23,25 +23,33 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from PIL import Image, ImageDraw
 from tiny_models import (
     tiny_chroma_pipeline,
     tiny_flux2_klein_pipeline,
     tiny_flux2_pipeline,
+    tiny_flux_kontext_pipeline,
     tiny_flux_pipeline,
     tiny_krea2_pipeline,
+    tiny_qwen_image_edit_pipeline,
+    tiny_qwen_image_edit_plus_pipeline,
     tiny_qwen_image_pipeline,
     tiny_sana_pipeline,
     tiny_sd3_pipeline,
     tiny_z_image_pipeline,
 )
 
+from trl_diffusion.data.prompt_images import with_image
 from trl_diffusion.models import (
     ChromaFlowModel,
     FlowModel,
     Flux2FlowModel,
     Flux2KleinFlowModel,
     FluxFlowModel,
+    FluxKontextFlowModel,
     Krea2FlowModel,
+    QwenImageEditFlowModel,
+    QwenImageEditPlusFlowModel,
     QwenImageFlowModel,
     Sampler,
     SanaFlowModel,
@@ -55,6 +63,26 @@ from trl_diffusion.trainer.network import compile_blocks
 
 PROMPTS = ["a small red circle on white", "a large blue square on black, seen from afar"]
 NUM_STEPS = 5
+
+
+def picture(width, height, colour):
+    """A disc on a ground, with a corner of another colour, so that no turn of it is the same."""
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((2, 2, width - 3, height - 3), fill=colour)
+    draw.rectangle((0, 0, width // 4, height // 4), fill="black")
+    return image
+
+
+# Of different aspects, so that the networks see images of different sizes.
+PICTURES = [picture(40, 21, "red"), picture(33, 34, "blue")]
+
+
+def edited(flow_model, prompts=PROMPTS, pictures=PICTURES):
+    """The prompts with the images that they edit, where the model edits images."""
+    if not flow_model.takes_image:
+        return prompts
+    return [with_image(prompt, pictures[i % len(pictures)]) for i, prompt in enumerate(prompts)]
 
 
 def packed(pipeline, latents):
@@ -127,6 +155,7 @@ class Family:
     vae_block: Callable = lambda vae: vae.decoder.mid_block.resnets[0]
     frames: bool = False  # whether the VAE takes and gives videos
     max_sequence_length: int = 16  # short, to be quick
+    size_call: Callable = lambda height, width: {"height": height, "width": width}
 
 
 FLUX = {"build": tiny_flux_pipeline, "model_class": FluxFlowModel, "layout": packed}
@@ -223,6 +252,22 @@ Z_IMAGE_TURBO = {
     "takes_negative_prompt": False,
     "undistilled_model": "Tongyi-MAI/Z-Image",
 }
+KONTEXT = {
+    "build": tiny_flux_kontext_pipeline,
+    "model_class": FluxKontextFlowModel,
+    "layout": packed,
+    "size_call": lambda height, width: {"height": height, "width": width, "max_area": height * width},
+}
+QWEN_IMAGE_EDIT_PLUS = {
+    **QWEN_IMAGE,
+    "build": tiny_qwen_image_edit_plus_pipeline,
+    "model_class": QwenImageEditPlusFlowModel,
+}
+QWEN_IMAGE_EDIT = {
+    **QWEN_IMAGE,
+    "build": tiny_qwen_image_edit_pipeline,
+    "model_class": QwenImageEditFlowModel,
+}
 
 FAMILIES = {
     "flux-dev": Family(**FLUX, guidance_scale=3.5, height=16, width=16),
@@ -259,12 +304,24 @@ FAMILIES = {
     "z-image-guided": Family(**Z_IMAGE, guidance_scale=5.0, height=16, width=24, num_steps=8),
     "z-image-guided-little": Family(**Z_IMAGE, guidance_scale=0.5, height=16, width=16),
     "z-image-turbo": Family(**Z_IMAGE_TURBO, guidance_scale=0.0, height=24, width=16, num_steps=4),
+    "flux-kontext": Family(**KONTEXT, guidance_scale=3.5, height=16, width=24),
+    "flux-kontext-high": Family(**KONTEXT, guidance_scale=1.0, height=24, width=16, num_steps=8),
+    "flux-kontext-unguided": Family(
+        **KONTEXT, guidance_scale=1.0, height=16, width=16, arguments={"guidance_embeds": False}, guided=False
+    ),
+    "qwen-image-edit-plus": Family(**QWEN_IMAGE_EDIT_PLUS, guidance_scale=1.0, height=16, width=16),
+    "qwen-image-edit-plus-guided": Family(**QWEN_IMAGE_EDIT_PLUS, guidance_scale=4.0, height=16, width=24),
+    "qwen-image-edit-plus-zero": Family(
+        **QWEN_IMAGE_EDIT_PLUS, guidance_scale=4.0, height=24, width=16, arguments={"zero_cond_t": True}
+    ),
+    "qwen-image-edit": Family(**QWEN_IMAGE_EDIT, guidance_scale=4.0, height=24, width=16),
 }
 # One row of each family, where the guidance and the size make no difference.
 ONE_OF_EACH = [
     "flux-dev", "flux-schnell", "sd3-guided", "qwen-image-guided", "flux2-dev", "flux2-klein-base-guided", "flux2-klein",
     "z-image-guided", "z-image-turbo",
-    "chroma-guided-wide", "sana-guided-wide", "krea2-raw-guided", "krea2-turbo",
+    "chroma-guided-wide", "sana-guided-wide", "krea2-raw-guided", "krea2-turbo", "flux-kontext",
+    "qwen-image-edit-plus-guided",
 ]  # fmt: skip
 
 
@@ -290,27 +347,37 @@ def run_pipeline(row, flow_model, output_type="latent", num_inference_steps=None
     """The pipeline's own latents (as tokens, where it packs them) or images."""
     if "latents" in source:
         source["latents"] = row.layout(flow_model.pipeline, source["latents"])
-    call = row.call
-    if "negative_prompt" in call:  # some pipelines want as many as prompts
-        call = {**call, "negative_prompt": [call["negative_prompt"]] * len(PROMPTS)}
     steps = row.num_steps if num_inference_steps is None else num_inference_steps
     if row.passes_sigmas:
         source["sigmas"] = flow_model.unshifted_sigmas(steps)
-    return flow_model.pipeline(
-        prompt=list(PROMPTS),  # some pipelines change the list
-        height=row.height,
-        width=row.width,
-        num_inference_steps=steps,
-        max_sequence_length=flow_model.max_sequence_length,
-        output_type=output_type,
-        **{row.guidance_argument: row.guidance_scale if guidance_scale is None else guidance_scale, **call},
-        **source,
-    ).images
+
+    def run(prompts, **source):
+        call = row.call
+        if "negative_prompt" in call:  # some pipelines want as many as prompts
+            call = {**call, "negative_prompt": [call["negative_prompt"]] * len(prompts)}
+        return flow_model.pipeline(
+            prompt=list(prompts),  # some pipelines change the list
+            **row.size_call(row.height, row.width),
+            num_inference_steps=steps,
+            max_sequence_length=flow_model.max_sequence_length,
+            output_type=output_type,
+            **{row.guidance_argument: row.guidance_scale if guidance_scale is None else guidance_scale, **call},
+            **source,
+        ).images
+
+    if not flow_model.takes_image:
+        return run(PROMPTS, **source)
+    # The pipelines take one prompt, or give all images the size of the first.
+    parts = []
+    for i, prompt in enumerate(PROMPTS):
+        own = {**source, "latents": source["latents"][i : i + 1]} if "latents" in source else source
+        parts.append(run([prompt], image=PICTURES[i], **own))
+    return torch.cat(parts)
 
 
 def run_euler(flow_model, denoiser, latents, guidance_scale, height, width, num_steps=NUM_STEPS):
     sigmas = flow_model.schedule(num_steps, height, width)
-    conditioning = flow_model.encode_prompt(PROMPTS)
+    conditioning = flow_model.encode_prompt(edited(flow_model))
     for i in range(num_steps):
         velocity = flow_model.velocity(denoiser, latents, sigmas[i], conditioning, guidance_scale)
         latents = latents + (sigmas[i + 1] - sigmas[i]) * velocity
@@ -384,12 +451,12 @@ def test_noise_of_a_sample_does_not_depend_on_its_batch(family):
 def test_rows_of_different_sigma_equal_separate_calls(family):
     flow_model, guidance_scale, height, width = family
     latents = flow_model.draw_noise(2, height, width)
-    conditioning = flow_model.encode_prompt(PROMPTS)
+    conditioning = flow_model.encode_prompt(edited(flow_model))
     sigma = torch.tensor([0.913, 0.127])
     together = flow_model.velocity(flow_model.denoiser, latents, sigma, conditioning, guidance_scale)
     for i in range(2):
         # Encoded alone: of its own length.
-        alone = flow_model.encode_prompt(PROMPTS[i : i + 1])
+        alone = flow_model.encode_prompt(edited(flow_model)[i : i + 1])
         velocity = flow_model.velocity(flow_model.denoiser, latents[i : i + 1], sigma[i], alone, guidance_scale)
         torch.testing.assert_close(together[i : i + 1], velocity, rtol=0, atol=1e-5)
     swapped = flow_model.velocity(flow_model.denoiser, latents, sigma.flip(0), conditioning, guidance_scale)
@@ -402,7 +469,7 @@ def test_the_network_gets_the_exact_sigma(family, row):
     flow_model, guidance_scale, height, width = family
     sigma = torch.tensor(0.9876543)
     latents = flow_model.draw_noise(2, height, width)
-    conditioning = flow_model.encode_prompt(PROMPTS)
+    conditioning = flow_model.encode_prompt(edited(flow_model))
     seen = network_inputs(
         flow_model, lambda: flow_model.velocity(flow_model.denoiser, latents, sigma, conditioning, guidance_scale)
     )[row.inputs[1]]
@@ -414,7 +481,7 @@ def test_the_network_gets_the_exact_sigma(family, row):
 def test_guidance_reaches_the_network_only_where_the_family_has_it(family, row):
     flow_model, _, height, width = family
     latents = flow_model.draw_noise(2, height, width)
-    conditioning = flow_model.encode_prompt(PROMPTS)
+    conditioning = flow_model.encode_prompt(edited(flow_model))
     low, high = (
         flow_model.velocity(flow_model.denoiser, latents, torch.tensor(0.5), conditioning, guidance_scale)
         for guidance_scale in (row.unguided_scale, 5.0)
@@ -443,13 +510,15 @@ def test_a_distilled_model_names_the_one_to_train(family, row):
 @one_of_each
 def test_the_network_gets_what_the_pipeline_gives_it(family, row):
     flow_model, _, height, width = family
-    conditioning = flow_model.encode_prompt(PROMPTS)
+    # Those with images of different sizes go through the network one by one, as they do in their pipelines.
+    count = 1 if flow_model.takes_image else len(PROMPTS)
+    conditioning = flow_model.encode_prompt(edited(flow_model)[:count])
     assert not any(tensor.requires_grad for tensor in conditioning.values())
     noise = flow_model.draw_noise(2, height, width)
     sigma = flow_model.schedule(NUM_STEPS, height, width)[0]
     actual = network_inputs(
         flow_model,
-        lambda: flow_model.velocity(flow_model.denoiser, noise, sigma, conditioning, row.unguided_scale),
+        lambda: flow_model.velocity(flow_model.denoiser, noise[:count], sigma, conditioning, row.unguided_scale),
     )
     expected = network_inputs(
         flow_model,
@@ -457,14 +526,17 @@ def test_the_network_gets_what_the_pipeline_gives_it(family, row):
             row, flow_model, num_inference_steps=NUM_STEPS, latents=noise, guidance_scale=row.unguided_scale
         ),
     )
+    if count == 1:  # a mask that lets everything through is none
+        assert all(actual.pop(name).all() for name in actual.keys() - expected.keys())
     assert actual.keys() == expected.keys() >= set(row.inputs)
     for name, tensor in row.pipeline_inputs(expected).items():
         torch.testing.assert_close(actual[name], tensor, rtol=0, atol=1e-5, check_dtype=False)
-    first, second = actual[row.inputs[2]]
-    assert first.shape != second.shape or not torch.equal(first, second)
+    if count > 1:
+        first, second = actual[row.inputs[2]]
+        assert first.shape != second.shape or not torch.equal(first, second)
     # Autocast must not reach the text encoders.
     with torch.autocast("cpu", torch.bfloat16):
-        under_autocast = flow_model.encode_prompt(PROMPTS)
+        under_autocast = flow_model.encode_prompt(edited(flow_model)[:count])
     assert under_autocast.keys() == conditioning.keys()
     for name, tensor in conditioning.items():
         assert torch.equal(under_autocast[name], tensor)
@@ -538,7 +610,8 @@ def test_gradient_checkpointing_changes_nothing(family):
     flow_model, guidance_scale, height, width = family
     flow_model.denoiser.requires_grad_(True)
     latents = flow_model.draw_noise(len(PROMPTS), height, width, torch.Generator().manual_seed(0))
-    conditionings = [flow_model.encode_prompt(prompts) for prompts in (PROMPTS, PROMPTS[::-1])]
+    prompts = edited(flow_model)
+    conditionings = [flow_model.encode_prompt(part) for part in (prompts, prompts[::-1])]
 
     def velocity_and_gradient():
         flow_model.denoiser.zero_grad()
@@ -597,7 +670,7 @@ def test_only_unused_parameters_are_taken_for_unused(family):
     """Whatever they hold, the network answers the same."""
     flow_model, guidance_scale, height, width = family
     latents = flow_model.draw_noise(2, height, width)
-    conditioning = flow_model.encode_prompt(PROMPTS)
+    conditioning = flow_model.encode_prompt(edited(flow_model))
     arguments = (flow_model.denoiser, latents, torch.tensor(0.5), conditioning, guidance_scale)
     before = flow_model.velocity(*arguments)
     for name, parameter in flow_model.denoiser.named_parameters():
@@ -648,23 +721,36 @@ def test_everything_is_frozen_and_in_eval_mode(family):
 @one_of_each
 def test_free_text_encoders(family, row):
     flow_model, guidance_scale, height, width = family
-    conditioning = flow_model.encode_prompt(PROMPTS)
+    conditioning = flow_model.encode_prompt(edited(flow_model))
     flow_model.free_text_encoders()
     left = {name for name, module in flow_model.pipeline.components.items() if isinstance(module, torch.nn.Module)}
     assert left == {"transformer", "vae"}
     with pytest.raises(RuntimeError, match="freed"):
-        flow_model.encode_prompt(PROMPTS)
+        flow_model.encode_prompt(edited(flow_model))
     # What sample images need still works: the pipeline, from embeddings.
     guided = guidance_scale > row.unguided_scale
     arguments = {name: tensor for name, tensor in conditioning.items() if guided or "neg" not in name}
-    images = flow_model.pipeline(
-        **row.embeddings(arguments),
-        **{row.guidance_argument: guidance_scale},
-        height=height,
-        width=width,
-        num_inference_steps=2,
-        output_type="pt",
-    ).images
+
+    def images_of(embeddings, **image):
+        return flow_model.pipeline(
+            **row.embeddings(embeddings),
+            **{row.guidance_argument: guidance_scale},
+            **row.size_call(height, width),
+            **image,
+            num_inference_steps=2,
+            output_type="pt",
+        ).images
+
+    if flow_model.takes_image:
+        own = {name: tensor for name, tensor in arguments.items() if "image" not in name}
+        images = torch.cat(
+            [
+                images_of({name: tensor[i : i + 1] for name, tensor in own.items()}, image=picture)
+                for i, picture in enumerate(PICTURES)
+            ]
+        )
+    else:
+        images = images_of(arguments)
     assert images.shape == (2, 3, height, width)
 
 
@@ -815,3 +901,37 @@ def test_largest_size_works():
     conditioning = flow_model.encode_prompt(["a"])
     velocity = flow_model.velocity(flow_model.denoiser, latents, torch.tensor(0.5), conditioning, 1.0)
     assert velocity.shape == latents.shape
+
+
+@pytest.mark.parametrize(
+    "family", [name for name in ONE_OF_EACH if FAMILIES[name].model_class.takes_image], indirect=True
+)
+@torch.no_grad()
+def test_each_row_sees_its_own_image(family):
+    """Of any size, whatever images the rows beside have, and in whatever order."""
+    flow_model, guidance_scale, height, width = family
+    pictures = [*PICTURES, picture(20, 20, "red"), PICTURES[0]]
+    prompts = edited(flow_model, 4 * ["a"], pictures)
+    latents = flow_model.draw_noise(1, height, width).expand(4, *flow_model.latent_shape(height, width))
+
+    def velocity(rows):
+        conditioning = flow_model.encode_prompt([prompts[row] for row in rows])
+        return flow_model.velocity(
+            flow_model.denoiser, latents[: len(rows)], torch.tensor(0.5), conditioning, guidance_scale
+        )
+
+    together = velocity(range(4))
+    assert torch.equal(together[0], together[3])
+    assert min((together[0] - together[i]).abs().max() for i in (1, 2)) > 1e-3
+    for row in range(4):
+        torch.testing.assert_close(velocity([row])[0], together[row], rtol=0, atol=1e-5)
+    torch.testing.assert_close(velocity([2, 0, 1]), together[[2, 0, 1]], rtol=0, atol=1e-5)
+
+
+def test_a_family_says_whether_it_edits_images():
+    kontext, flux = tiny_flux_kontext_pipeline(), tiny_flux_pipeline()
+    assert load_flow_model(kontext, has_condition_image=True).takes_image
+    with pytest.raises(ValueError, match="A FluxKontextPipeline edits images, and there is no condition_image. Add"):
+        load_flow_model(kontext, has_condition_image=False)
+    with pytest.raises(ValueError, match="There is a condition_image, but a FluxPipeline draws from prompts alone"):
+        load_flow_model(flux, has_condition_image=True)

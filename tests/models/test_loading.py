@@ -25,15 +25,17 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxImg2ImgPipeline,
-    FluxKontextPipeline,
+    FluxInpaintPipeline,
     StableDiffusion3Img2ImgPipeline,
     UniPCMultistepScheduler,
 )
 from tiny_models import (
     tiny_chroma_pipeline,
     tiny_flux2_pipeline,
+    tiny_flux_kontext_pipeline,
     tiny_flux_pipeline,
     tiny_krea2_pipeline,
+    tiny_qwen_image_edit_plus_pipeline,
     tiny_qwen_image_pipeline,
     tiny_sana_pipeline,
     tiny_sd3_pipeline,
@@ -161,7 +163,7 @@ def test_loaded_pipelines():
         load_flow_model(tiny_flux_pipeline(), torch_dtype=torch.bfloat16, revision="main")
 
 
-@pytest.mark.parametrize("pipeline_class", [FluxImg2ImgPipeline, FluxKontextPipeline, StableDiffusion3Img2ImgPipeline])
+@pytest.mark.parametrize("pipeline_class", [FluxImg2ImgPipeline, FluxInpaintPipeline, StableDiffusion3Img2ImgPipeline])
 def test_unsupported_loaded_pipelines_are_refused(pipeline_class):
     base = tiny_sd3_pipeline() if "StableDiffusion3" in pipeline_class.__name__ else tiny_flux_pipeline()
     pipeline = pipeline_class(**base.components)
@@ -280,7 +282,8 @@ def test_whole_weights_without_deepspeed():
     "make",
     [
         tiny_flux_pipeline, tiny_sd3_pipeline, tiny_qwen_image_pipeline, tiny_flux2_pipeline, tiny_z_image_pipeline,
-        tiny_chroma_pipeline, tiny_sana_pipeline, tiny_krea2_pipeline,
+        tiny_chroma_pipeline, tiny_sana_pipeline, tiny_krea2_pipeline, tiny_flux_kontext_pipeline,
+        tiny_qwen_image_edit_plus_pipeline,
     ],
 )  # fmt: skip
 def test_an_impossible_size_is_refused_before_weights_load(make, tmp_path):

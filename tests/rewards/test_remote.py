@@ -159,6 +159,16 @@ def test_batches_columns_and_order(shade_server):
     assert shade.seen[1][1] == {"target": ["d", "e", "f"], "weight": [0.5] * 3}
 
 
+def test_a_picture_in_a_column_arrives_as_one(shade_server):
+    shade, url = shade_server
+    shade.seen.clear()
+    sources = [Image.new("RGB", (5, 3), (0, index, 0)) for index in range(3)]
+    remote(url, batch_size=2)(shades(3), list("abc"), condition_image=sources, plain=[{"png": 3}, None, "x"])
+    arrived = [image for _, columns in shade.seen for image in columns["condition_image"]]
+    assert [image.getpixel((0, 0)) for image in arrived] == [(0, 0, 0), (0, 1, 0), (0, 2, 0)]
+    assert shade.seen[0][1]["plain"] == [{"png": 3}, None]
+
+
 def test_as_a_reward_of_a_trainer(shade_server):
     reward = load_reward(f"remote:{shade_server[1]}")
     images = torch.linspace(0, 1, 3)[:, None, None, None].expand(3, 3, 8, 8)
@@ -232,6 +242,14 @@ def jpeg():
         ({"images": [coded(png())], "prompts": ["a", "b"]}, "Got 2 prompts for 1 images"),
         ({"images": [coded(png())], "prompts": ["a"], "columns": [1]}, '"columns" must be'),
         ({"images": [coded(png())], "prompts": ["a"], "columns": {"x": [1, 2]}}, "Got 2 x for 1 images"),
+        (
+            {"images": [coded(png())], "prompts": ["a"], "columns": {"x": [{"png": "!!"}]}},
+            "Value 0 of column 'x' is no PNG in base64",
+        ),
+        (
+            {"images": [coded(png())], "prompts": ["a"], "columns": {"x": [{"png": coded(png(300, 300))}]}},
+            "10000 pixels together",
+        ),
         ({"images": ["!!"], "prompts": ["a"]}, "Image 0 is no PNG in base64"),
         ({"images": [coded(jpeg())], "prompts": ["a"]}, "Image 0 is no PNG in base64"),
         ({"images": [coded(png(90, 90)[:4000])], "prompts": ["a"]}, "Image 0 is no PNG in base64"),

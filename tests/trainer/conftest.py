@@ -14,15 +14,19 @@
 
 """A small run of the trainer, on tiny models."""
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from PIL import Image
 from tiny_models import (
     tiny_chroma_pipeline,
     tiny_flux2_klein_pipeline,
+    tiny_flux_kontext_pipeline,
     tiny_flux_pipeline,
     tiny_krea2_pipeline,
+    tiny_qwen_image_edit_plus_pipeline,
     tiny_qwen_image_pipeline,
     tiny_sana_pipeline,
     tiny_sd3_pipeline,
@@ -42,7 +46,10 @@ PIPELINES = {
     "chroma": tiny_chroma_pipeline,
     "sana": tiny_sana_pipeline,
     "krea2": tiny_krea2_pipeline,
+    "flux-kontext": tiny_flux_kontext_pipeline,
+    "qwen-image-edit-plus": tiny_qwen_image_edit_plus_pipeline,
 }
+EDITING = ("flux-kontext", "qwen-image-edit-plus")
 
 
 def redness(images, prompts, **columns):
@@ -50,13 +57,26 @@ def redness(images, prompts, **columns):
     return [float(image.resize((1, 1)).getpixel((0, 0))[0]) / 255 for image in images]
 
 
+def picture(index, size=None):
+    """One of the pictures to edit, of different sizes."""
+    width, height = size or [(40, 21), (33, 34), (20, 44)][index % 3]
+    pixels = np.random.default_rng(index).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((width, height))
+
+
+def dataset_of(family):
+    """Prompts, with images to edit where the family does."""
+    images = {"condition_image": [picture(i) for i in range(len(PROMPTS))]} if family in EDITING else {}
+    return Dataset.from_dict({"prompt": PROMPTS, **images})
+
+
 @pytest.fixture
 def train_dataset():
-    return Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
+    return dataset_of("flux")
 
 
 @pytest.fixture
-def make_trainer(tmp_path, train_dataset):
+def make_trainer(tmp_path):
     """Builds a trainer of a tiny model; keyword arguments are settings, and some of the trainer's own."""
 
     def make(family="flux", reward_funcs=redness, **settings):
@@ -94,7 +114,7 @@ def make_trainer(tmp_path, train_dataset):
             "cache_prompt_embeds": False,
         }
         config = ChunkGRPOConfig(**{**defaults, **settings})
-        arguments.setdefault("train_dataset", train_dataset)
+        arguments.setdefault("train_dataset", dataset_of(family))
         model = arguments.pop("model", None) or PIPELINES[family](seed=0)
         return ChunkGRPOTrainer(model, reward_funcs, config, **arguments)
 

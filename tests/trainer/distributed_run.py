@@ -33,7 +33,7 @@ from datasets import Image as ImageFeature
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_models import tiny_flux_pipeline
+from tiny_models import tiny_flux_kontext_pipeline, tiny_flux_pipeline
 
 from trl_diffusion import ChunkGRPOConfig, ChunkGRPOTrainer, SRPOConfig, SRPOTrainer
 
@@ -59,6 +59,13 @@ def animals() -> Dataset:
     return Dataset.from_list([{"prompt": f"a {name}"} for name in ("cat", "dog", "bird", "fish")])
 
 
+def edits() -> Dataset:
+    """Images to edit of two sizes, one of which not every process sees at a time."""
+    sizes = ((16, 16), (16, 16), (16, 16), (40, 20))
+    images = [Image.new("RGB", size, (60 * i, 0, 99)) for i, size in enumerate(sizes)]
+    return Dataset.from_dict({"prompt": animals()["prompt"][:], "condition_image": images})
+
+
 def pictures() -> Dataset:
     """Four square pictures and four wide ones."""
     random = np.random.default_rng(0)
@@ -71,6 +78,7 @@ def pictures() -> Dataset:
 
 RUNS = {
     "chunk_grpo": (ChunkGRPOTrainer, ChunkGRPOConfig, CHUNK_GRPO, redness, animals),
+    "edits": (ChunkGRPOTrainer, ChunkGRPOConfig, CHUNK_GRPO, redness, edits),
     "srpo": (SRPOTrainer, SRPOConfig, SRPO, Warmth(), lambda: pictures().remove_columns("image")),
     "srpo_images": (SRPOTrainer, SRPOConfig, SRPO, Warmth(), pictures),
 }
@@ -80,7 +88,7 @@ def run(folder: str, kind: str, settings: dict) -> None:
     trainer_class, config_class, defaults, reward, dataset = RUNS[kind]
     resume_from = settings.pop("resume_from", None)
     trainer = trainer_class(
-        tiny_flux_pipeline(seed=0),
+        tiny_flux_kontext_pipeline(seed=0) if kind == "edits" else tiny_flux_pipeline(seed=0),
         reward,
         config_class(output_dir=folder, **{**defaults, **settings}),
         dataset(),

@@ -62,6 +62,8 @@ RUNS = {
             "rollout_merged_lora": True,
         },
     ),
+    # Micro-batches of several prompts, whose images to edit go through the network together or one after the other.
+    "editing": ("edits", {"num_generations": 2, "gradient_accumulation_steps": 2, "rollout_batch_size": 4}),
     "srpo": ("srpo", {}),
     "srpo-images": ("srpo_images", {}),
 }

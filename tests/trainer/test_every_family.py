@@ -31,7 +31,7 @@ from trl_diffusion.cli.main import main
 from trl_diffusion.models import Sampler, load_flow_model
 from trl_diffusion.rewards import RewardModel
 
-from ..models.test_families import FAMILIES, ONE_OF_EACH, Family
+from ..models.test_families import FAMILIES, ONE_OF_EACH, PICTURES, Family, edited
 
 
 PROMPTS = ["a cat", "a dog on a hill in the rain"]
@@ -60,6 +60,11 @@ class Run:
     base: Path
     trainer: ChunkGRPOTrainer
     weights_before: dict[str, torch.Tensor]
+
+    @property
+    def prompts(self):
+        """With the images that they edit, where the family does."""
+        return edited(self.trainer.flow, PROMPTS)
 
     @property
     def folder(self):
@@ -91,6 +96,12 @@ def settings(row, folder):
     }
 
 
+def dataset(row):
+    """Prompts, with the images that they edit where the family does."""
+    images = {"condition_image": PICTURES} if row.model_class.takes_image else {}
+    return Dataset.from_dict({"prompt": PROMPTS, **images})
+
+
 def weights(trainer):
     """Copies of all weights of a trainer's pipeline and of its adapter, by name."""
     modules = {"network": trainer.network, "vae": trainer.flow.vae}
@@ -118,8 +129,7 @@ def run(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     row.build(**row.arguments).save_pretrained(folder / "base")
     config = ChunkGRPOConfig(**settings(row, folder / "run"), max_steps=2, num_generations=2, chunk_sizes=[1, 2])
-    dataset = Dataset.from_dict({"prompt": PROMPTS})
-    trainer = ChunkGRPOTrainer(str(folder / "base"), Brightness(), config, dataset)
+    trainer = ChunkGRPOTrainer(str(folder / "base"), Brightness(), config, dataset(row))
     before = weights(trainer)
     trainer.train()
     trainer.save_model()
@@ -136,13 +146,21 @@ def test_a_training_is_on_policy_and_changes_the_adapter_alone(run):
 
 def test_srpo_changes_the_adapter_alone(run, tmp_path):
     config = SRPOConfig(**settings(run.row, tmp_path), max_steps=1, sigma_range=[0.5, 0.95])
-    trainer = SRPOTrainer(str(run.base), Brightness(), config, Dataset.from_dict({"prompt": PROMPTS}))
+    trainer = SRPOTrainer(str(run.base), Brightness(), config, dataset(run.row))
     before = weights(trainer)
     trainer.train()
     assert_only_the_adapter_changed(trainer, before)
 
 
-def test_the_example_of_the_card_draws_what_the_trainer_draws(run):
+def source_of_card(row, folder):
+    """What to put in place of the path of the image that the example edits."""
+    if not row.model_class.takes_image:
+        return {}
+    PICTURES[0].save(folder / "source.png")
+    return {"path/or/url/of/an/image": str(folder / "source.png")}
+
+
+def test_the_example_of_the_card_draws_what_the_trainer_draws(run, tmp_path):
     """`load_lora_weights` of the family's own pipeline, and its own call."""
     card = (run.folder / "README.md").read_text(encoding="utf-8")
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
@@ -150,6 +168,7 @@ def test_the_example_of_the_card_draws_what_the_trainer_draws(run):
         "path/to/the/base/model": str(run.base),
         "path/to/this/folder": str(run.folder),
         "torch.bfloat16": "torch.float32",
+        **source_of_card(run.row, tmp_path),
         'pipe.to("cuda")\n': "",
         **run.row.card,
         ").images": '    generator=torch.Generator().manual_seed(7),\n    output_type="pt",\n).images',
@@ -159,7 +178,7 @@ def test_the_example_of_the_card_draws_what_the_trainer_draws(run):
     names = {"diffusers": diffusers}
     exec(code, names)
     assert type(names["pipe"]) is run.row.model_class.pipeline_class
-    aligned, base = (run.trainer.generate(PROMPTS[:1], [7], fraction)[0] for fraction in (1.0, 0.0))
+    aligned, base = (run.trainer.generate(run.prompts[:1], [7], fraction)[0] for fraction in (1.0, 0.0))
     assert (aligned - base).abs().max() > 1e-3
     torch.testing.assert_close(names["image"], aligned, rtol=0, atol=1e-5)
     for model in (run.row.undistilled_model, load_flow_model(run.base).distilled_model):
@@ -171,20 +190,26 @@ def test_merged_it_draws_the_same(run, tmp_path):
     sampler = Sampler.from_settings(
         load_flow_model(tmp_path), NUM_STEPS, run.row.height, run.row.width, run.row.guidance_scale
     )
-    (image,) = sampler.draw_images(PROMPTS[:1], [7])
-    torch.testing.assert_close(image, run.trainer.generate(PROMPTS[:1], [7]), rtol=0, atol=2e-5)
+    (image,) = sampler.draw_images(run.prompts[:1], [7])
+    torch.testing.assert_close(image, run.trainer.generate(run.prompts[:1], [7]), rtol=0, atol=2e-5)
 
 
 def test_generate_and_evaluate(run, tmp_path, monkeypatch):
-    run.command("generate", "--adapter", run.folder, "--prompt", *PROMPTS, "--output_dir", tmp_path / "images")
-    for index, image in enumerate(run.trainer.generate(PROMPTS, [0, 1])):
+    rows = [{"prompt": prompt} for prompt in PROMPTS]
+    if run.row.model_class.takes_image:
+        for i, each in enumerate(rows):
+            each["condition_image"] = f"{i}.png"  # beside the file
+            PICTURES[i].save(tmp_path / f"{i}.png")
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prompts = tmp_path / "prompts.jsonl"
+    run.command("generate", "--adapter", run.folder, "--prompts", prompts, "--output_dir", tmp_path / "images")
+    for index, image in enumerate(run.trainer.generate(run.prompts, [0, 1])):
         drawn = np.asarray(Image.open(tmp_path / "images" / f"{index:05d}.png"), dtype=float) / 255
         assert np.abs(drawn - image.permute(1, 2, 0).numpy()).max() < 0.6 / 255
     (tmp_path / "my_reward.py").write_text(REWARD)
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     run.command(
-        "evaluate", "--adapter", run.folder, "--prompts", tmp_path / "prompts.txt", "--output_dir", tmp_path / "report",
+        "evaluate", "--adapter", run.folder, "--prompts", prompts, "--output_dir", tmp_path / "report",
         "--rewards", "my_reward.brightness",
     )  # fmt: skip
     (scores,) = json.loads((tmp_path / "report" / "results.json").read_text())["rewards"].values()
@@ -206,6 +231,6 @@ def test_export(run, tmp_path, capsys):
 def test_training_a_distilled_model_warns(run, tmp_path, caplog):
     config = SRPOConfig(**settings(run.row, tmp_path), max_steps=1)
     diffusers.utils.logging.enable_propagation()
-    SRPOTrainer(str(run.base), Brightness(), config, Dataset.from_dict({"prompt": PROMPTS}))
+    SRPOTrainer(str(run.base), Brightness(), config, dataset(run.row))
     warned = f"Better train {run.row.undistilled_model}, which it is distilled from" in caplog.text
     assert warned == (run.row.undistilled_model is not None)

@@ -33,7 +33,7 @@ from trl_diffusion.rewards import RewardModel, TwoTowerReward
 from trl_diffusion.trainer.callbacks import RewardHackingCallback
 from trl_diffusion.trainer.srpo_trainer import one_step_prediction, scores_of_prompt_sets
 
-from .conftest import PIPELINES, PROMPTS, gradients, redness, trainable
+from .conftest import PIPELINES, PROMPTS, dataset_of, gradients, redness, trainable
 
 
 TRAINER_ARGUMENTS = ("peft_config", "watch_reward_funcs", "eval_dataset", "callbacks", "train_dataset", "model")
@@ -93,7 +93,7 @@ def make_trainer(tmp_path):
     def make(family="flux", reward_funcs=None, **settings):
         arguments = {name: settings.pop(name) for name in TRAINER_ARGUMENTS if name in settings}
         arguments.setdefault("peft_config", LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_v"]))
-        arguments.setdefault("train_dataset", Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]))
+        arguments.setdefault("train_dataset", dataset_of(family))
         defaults = {
             "output_dir": str(tmp_path / "out"),
             "per_device_train_batch_size": 4,
@@ -125,7 +125,10 @@ def perturb(trainer, scale=0.05, seed=0):
 
 def clean_batch(trainer, prompts=tuple(PROMPTS[:3])):
     """The first batch of a trainer that has not trained yet."""
-    return trainer._prepare_inputs([{"prompt": prompt} for prompt in prompts])
+    dataset = trainer.train_dataset
+    images = list(dataset.select_columns("condition_image")) if trainer.flow.takes_image else len(prompts) * [{}]
+    rows = [{"prompt": prompt, **image} for prompt, image in zip(prompts, images, strict=False)]
+    return trainer._prepare_inputs(rows)
 
 
 def to_double(trainer, batch):
@@ -348,6 +351,8 @@ class TestObjective:
             {"family": "chroma", "guidance_scale": 3.0},
             {"family": "sana", "guidance_scale": 3.0, "negative_prompt": "dull"},
             {"family": "krea2", "guidance_scale": 3.0, "negative_prompt": "dull"},
+            {"family": "flux-kontext"},
+            {"family": "qwen-image-edit-plus", "guidance_scale": 3.0, "negative_prompt": "dull"},
             {"reward_funcs": [Taste("a"), Taste("b")], "reward_weights": [1.0, 0.5]},
             {"estimator": "refl", "num_landings": 2},
             {"estimator": "draft"},

@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 
 from .. import shapes
 from ..data.columns import ColumnReader
+from ..data.prompt_images import Prompt, prompt_of, texts_of, to_json
 from ..evaluation import Adapters, compare, markdown_table, write_report
 from ..evaluation.report import Comparison
 from ..models import Sampler
@@ -64,7 +65,8 @@ class Evaluation:
         self.adapters = adapters
         columns = ColumnReader(lambda column: any(asks_for_column(reward, column) for reward in args.rewards))
         rows = [row for row in columns.prepare(dataset, "prompts") for _ in range(args.num_images_per_prompt)]
-        self.prompts: list[str] = [row["prompt"] for row in rows]
+        self.prompts: list[Prompt] = [prompt_of(row) for row in rows]
+        self.texts = texts_of(self.prompts)
         self.columns = columns.read(rows)
         self.seeds = [args.seed + index for index in range(len(rows))]
         self.digests = {name: self._digests(name) for name in (BASE, *adapters)}
@@ -96,7 +98,7 @@ class Evaluation:
                     folder,
                     [
                         {"file_name": self.path(name, index).name, "prompt": prompt, "seed": seed}
-                        for index, (prompt, seed) in enumerate(zip(self.prompts, self.seeds, strict=True))
+                        for index, (prompt, seed) in enumerate(zip(self.texts, self.seeds, strict=True))
                     ],
                 )
         # The rewards may need the memory.
@@ -162,7 +164,7 @@ class Evaluation:
                 values = score_pictures(
                     reward,
                     [Image.open(self.path(model, index)) for model, index in part],
-                    [self.prompts[index] for index in indices],
+                    [self.texts[index] for index in indices],
                     {column: [entries[index] for index in indices] for column, entries in self.columns.items()},
                     device=device,
                     batch_size=size,
@@ -214,7 +216,7 @@ class Evaluation:
                         for reward, scores in by_reward.items()
                     },
                 }
-                for index, prompt in enumerate(self.prompts)
+                for index, prompt in enumerate(self.texts)
             ],
         }
         write_text(self.folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False))
@@ -249,7 +251,7 @@ class Evaluation:
         source += [getattr(args, setting) for setting in IMAGE_SETTINGS]
         return [
             hashlib.sha256(json.dumps([source, prompt, seed]).encode()).hexdigest()[:20]
-            for prompt, seed in zip(self.prompts, self.seeds, strict=True)
+            for prompt, seed in zip(to_json(self.prompts), self.seeds, strict=True)
         ]
 
 

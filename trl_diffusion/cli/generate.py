@@ -84,6 +84,8 @@ def main(arguments: Sequence[str]) -> int:
         from diffusers.utils import make_image_grid
         from tqdm.auto import tqdm
 
+        from ..data.columns import ColumnReader
+        from ..data.prompt_images import prompts_in, text_of, with_image
         from ..data.prompts import check_prompts
         from ..hub.conversion import find_adapter
         from ..rewards import to_pil
@@ -92,7 +94,9 @@ def main(arguments: Sequence[str]) -> int:
         if prompts is None:
             dataset = args.load_prompts(args.prompts)
             check_prompts(dataset, "prompts")
-            prompts = dataset["prompt"][:]
+            prompts = list(prompts_in(ColumnReader(lambda column: False).prepare(dataset, "prompts")))
+        elif args.condition_image is not None:
+            prompts = [with_image(prompt, args.condition_image) for prompt in prompts]
         files = {} if args.adapter is None else {"adapter": find_adapter(args.adapter)}
         sampler, adapters = args.load_sampler(files, prompts)
         folder = Path(args.output_dir)
@@ -106,7 +110,9 @@ def main(arguments: Sequence[str]) -> int:
             for image in to_pil(batch):
                 index = len(images)
                 save_image(image, folder / f"{index:05d}.png")
-                records.append({"file_name": f"{index:05d}.png", "prompt": prompts[index], "seed": seeds[index]})
+                records.append(
+                    {"file_name": f"{index:05d}.png", "prompt": text_of(prompts[index]), "seed": seeds[index]}
+                )
                 images.append(image)
             progress.update(len(batch))
     write_metadata(folder, records)

@@ -32,7 +32,7 @@ from datasets.exceptions import DatasetsError
 from pyarrow import ArrowInvalid
 
 from .. import shapes
-from ..data.prompts import column_names
+from ..data.prompts import CONDITION_IMAGE, column_names
 from ..paths import check_exists, not_found
 
 
@@ -66,6 +66,7 @@ def load_prompts(
             A Hub id, a local folder (of files, of images, or written by `Dataset.save_to_disk`), a file (.txt with one
             prompt a line, .csv, .json, .jsonl, .parquet), or `"shapes"` for the built-in prompts. A file may be
             compressed (.gz, .bz2, .xz). Text is in UTF-8, or in what its byte order mark says. Blank lines are left out.
+            Paths in a column `condition_image` of a file are relative to it.
         split (`str`, *optional*, defaults to `"train"`):
             Split of the dataset. A file is one split, whatever the name.
         config (`str`, *optional*):
@@ -173,6 +174,10 @@ def _read_file(path: Path, prompt_column: str) -> Dataset:
         columns = _read_csv(path, text, prompt_column)
     else:
         columns = _read_json(path, text)
+    if CONDITION_IMAGE in columns:  # beside the file
+        columns[CONDITION_IMAGE] = [
+            str(path.parent / image) if isinstance(image, str) else image for image in columns[CONDITION_IMAGE]
+        ]
     try:
         return Dataset.from_dict(columns)
     except (TypeError, ValueError) as error:  # columns of different lengths, or with values of different types

@@ -39,7 +39,7 @@ from torch import nn
 
 from ..rewards import Reward, check_reward, load_reward, reward_name, score_pictures
 from ..rewards.base import RewardOutOfMemoryError
-from ..rewards.remote import TOKEN_VARIABLE
+from ..rewards.remote import PNG, TOKEN_VARIABLE
 from .errors import OneLineErrors
 
 
@@ -79,8 +79,10 @@ def read_request(body: bytes, max_pixels: int) -> tuple[list[Image.Image], list[
     for name, values in {"prompts": prompts, **columns}.items():
         if len(values) != len(images):
             raise BadRequest(f"Got {len(values)} {name} for {len(images)} images; give one an image.")
-    pictures, pixels = [], 0
-    for index, text in enumerate(images):
+    pixels = 0
+
+    def read_picture(text: str, name: str) -> Image.Image:
+        nonlocal pixels
         try:
             # PNG only: one decoder, not the dozens of PIL, reads what comes from outside.
             picture = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
@@ -89,8 +91,18 @@ def read_request(body: bytes, max_pixels: int) -> tuple[list[Image.Image], list[
                 raise BadRequest(f"The images of a request may have {max_pixels} pixels together. Send fewer at once.")
             picture.load()
         except (OSError, SyntaxError, binascii.Error, Image.DecompressionBombError) as error:
-            raise BadRequest(f"Image {index} is no PNG in base64: {error}") from error
-        pictures.append(picture)
+            raise BadRequest(f"{name} is no PNG in base64: {error}") from error
+        return picture
+
+    def read_value(value: Any, name: str) -> Any:
+        is_picture = isinstance(value, dict) and value.keys() == {PNG} and isinstance(value[PNG], str)
+        return read_picture(value[PNG], name) if is_picture else value
+
+    pictures = [read_picture(text, f"Image {index}") for index, text in enumerate(images)]
+    columns = {
+        name: [read_value(value, f"Value {index} of column {name!r}") for index, value in enumerate(values)]
+        for name, values in columns.items()
+    }
     return pictures, prompts, columns
 
 

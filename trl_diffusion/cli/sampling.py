@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from PIL import Image
 
+    from ..data.prompt_images import Prompt
     from ..evaluation import Adapters
     from ..models import Sampler
 
@@ -78,6 +79,9 @@ class SamplingArguments:
             Name of the column that holds the prompts.
         max_prompts (`int`, *optional*):
             Use the first so many prompts. `None` uses all.
+        condition_image (`str`, *optional*):
+            Picture that an editing model edits, the same for all prompts. `None` takes those of the dataset's column
+            `condition_image`.
         streaming (`bool`, *optional*, defaults to `False`):
             Download no more of the dataset than the first `max_prompts` rows, which must be given.
     """
@@ -113,6 +117,10 @@ class SamplingArguments:
     prompts_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset of prompts."})
     prompt_column: str = field(default="prompt", metadata={"help": "Name of the column that holds the prompts."})
     max_prompts: int | None = field(default=None, metadata={"help": "Use the first so many prompts. None uses all."})
+    condition_image: str | None = field(
+        default=None,
+        metadata={"help": "Picture that an editing model edits. None takes the dataset's column condition_image."},
+    )
     streaming: bool = field(
         default=False,
         metadata={"help": "Download no more of the dataset than the first max_prompts rows, which must be given."},
@@ -132,6 +140,8 @@ class SamplingArguments:
                 f"negative_prompt={self.negative_prompt!r} has no effect at guidance_scale={self.guidance_scale}. Raise "
                 "guidance_scale above 1, or leave negative_prompt unset."
             )
+        if self.condition_image is not None and not Path(self.condition_image).is_file():
+            raise ValueError(f"condition_image={self.condition_image!r} is no file. Give the path of a picture.")
         if self.streaming and self.max_prompts is None:
             raise ValueError(
                 "streaming needs max_prompts, since images are made of all prompts: say how many rows, e.g. --max_prompts 200."
@@ -140,18 +150,28 @@ class SamplingArguments:
             raise ValueError(f"adapter_fraction must lie in [0, 1], got {self.adapter_fraction}.")
 
     def load_prompts(self, name: str) -> "Dataset":
-        """The prompts of the dataset `name`."""
+        """The prompts of the dataset `name`, with the image that is given for all."""
+        from ..data.prompts import CONDITION_IMAGE
         from .prompts import load_prompts
 
-        return load_prompts(
+        dataset = load_prompts(
             name, self.prompts_split, self.prompts_config, self.streaming, self.max_prompts, self.prompt_column
         )
+        if self.condition_image is None:
+            return dataset
+        if CONDITION_IMAGE in dataset.column_names:
+            raise ValueError(
+                f"condition_image={self.condition_image!r} is given, but {name!r} has images of its own in the column "
+                f"{CONDITION_IMAGE!r}. Leave condition_image unset."
+            )
+        return dataset.add_column(CONDITION_IMAGE, len(dataset) * [self.condition_image])
 
-    def load_sampler(self, files: dict[str, Path], prompts: Sequence[str]) -> tuple["Sampler", "Adapters"]:
+    def load_sampler(self, files: dict[str, Path], prompts: Sequence["Prompt"]) -> tuple["Sampler", "Adapters"]:
         """Load the model and its adapters, and encode the prompts that will be drawn, where they are few."""
         import torch
         from accelerate import PartialState
 
+        from ..data.prompt_images import PromptWithImage
         from ..evaluation import Adapters
         from ..models import Conditioning, Sampler, load_flow_model
 
@@ -161,7 +181,11 @@ class SamplingArguments:
         else:
             dtype = getattr(torch, self.dtype)
         flow_model = load_flow_model(
-            self.model_name_or_path, dtype, size=(self.height, self.width), negative_prompt=self.negative_prompt
+            self.model_name_or_path,
+            dtype,
+            size=(self.height, self.width),
+            negative_prompt=self.negative_prompt,
+            has_condition_image=isinstance(prompts[0], PromptWithImage),
         )
         adapters = Adapters(flow_model, files)
         sampler = Sampler.from_settings(

@@ -48,9 +48,9 @@ class ScriptArguments:
         model_name_or_path (`str`):
             Pipeline to train: a Hub id, a local folder, or `"shapes"` for the built-in model.
         dataset_name (`str`):
-            Prompts, in a column "prompt", and for SRPO images, in a column "image", where there are any: a Hub id, a
-            local folder, a file (.txt with one prompt a line, .csv, .json, .jsonl, .parquet), or `"shapes"` for the
-            built-in prompts.
+            Prompts, in a column "prompt", for SRPO images, in a column "image", where there are any, and for a model that
+            edits images these, in a column "condition_image": a Hub id, a local folder, a file (.txt with one prompt a
+            line, .csv, .json, .jsonl, .parquet), or `"shapes"` for the built-in prompts.
         dataset_config (`str`, *optional*):
             Configuration of the dataset, for datasets that have several.
         dataset_train_split (`str`, *optional*, defaults to `"train"`):

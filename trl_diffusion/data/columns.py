@@ -15,16 +15,20 @@
 """The columns of a dataset besides the prompt: those that a reward asks for, and no others, are read."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from datasets import Image as ImageFeature
 
-from .images import check_pictures, open_picture
-from .prompts import column_names
-
-
-AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
+from .images import (
+    AnyDataset,
+    check_condition_images,
+    check_pictures,
+    open_picture,
+    undecoded_condition_images,
+)
+from .prompt_images import prompt_of
+from .prompts import CONDITION_IMAGE, column_names
 
 
 class ColumnReader:
@@ -44,21 +48,31 @@ class ColumnReader:
 
     def prepare(self, dataset: AnyDataset, name: str) -> AnyDataset:
         """
-        The dataset with the prompts and the columns that are asked for, its images undecoded; each is read once, so that
-        a broken file ends the run before it begins, but for those of a stream. To be called by all processes.
+        The dataset with the prompts, the images that they edit, and the columns that are asked for, its images undecoded;
+        each is read once, so that a broken file ends the run before it begins, but for those of a stream. To be called by
+        all processes.
 
         Args:
             dataset (`datasets.Dataset`): as the user gave it, or as this method returned it.
             name (`str`): what the caller calls it, for the message.
 
         Raises:
-            `ValueError`: an image that cannot be read; the message names its row.
+            `ValueError`: an image that cannot be read, or none to edit; the message names its row.
         """
         dataset = dataset.with_format(None)
-        columns = [column for column in column_names(dataset) if column == "prompt" or self.asked_for(column)]
+        columns = [
+            column
+            for column in column_names(dataset)
+            if column in ("prompt", CONDITION_IMAGE) or self.asked_for(column)
+        ]
         dataset = dataset.select_columns(columns)
         for column, feature in (dataset.features or {}).items():  # a stream may not tell
-            if isinstance(feature, ImageFeature) and feature.decode:
+            if column == CONDITION_IMAGE:
+                is_new = not isinstance(feature, ImageFeature) or feature.decode
+                dataset = undecoded_condition_images(dataset, name)
+                if is_new and isinstance(dataset, Dataset):
+                    check_condition_images(dataset, name, self.process_index, self.num_processes)
+            elif isinstance(feature, ImageFeature) and feature.decode:
                 dataset = dataset.cast_column(column, ImageFeature(decode=False))
                 if isinstance(dataset, Dataset):
                     check_pictures(dataset, column, name, self.process_index, self.num_processes)
@@ -66,12 +80,17 @@ class ColumnReader:
         return dataset
 
     def read(self, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-        """The columns, other than the prompt, of rows of datasets that were prepared."""
-        return {
+        """The columns, other than the prompt, of rows of datasets that were prepared: those that are asked for."""
+        columns = {
             name: [
                 open_picture(row[name]) if name in self._image_columns and row[name] is not None else row[name]
                 for row in rows
             ]
             for name in rows[0]
-            if name != "prompt"
+            if name not in ("prompt", CONDITION_IMAGE)
         }
+        if CONDITION_IMAGE in rows[0] and self.asked_for(CONDITION_IMAGE):
+            prompts = [prompt_of(row) for row in rows]
+            pictures = {prompt: prompt.open() for prompt in dict.fromkeys(prompts)}  # once for all images of a prompt
+            columns[CONDITION_IMAGE] = [pictures[prompt] for prompt in prompts]
+        return columns

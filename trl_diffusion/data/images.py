@@ -23,12 +23,14 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset
+from datasets import Dataset, IterableDataset, Value
 from datasets import Image as ImageFeature
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.training_utils import find_nearest_bucket
 from PIL import ExifTags, Image, ImageOps
 from tqdm.auto import tqdm
+
+from .prompts import CONDITION_IMAGE
 
 
 # Width over height of the aspect buckets.
@@ -51,6 +53,7 @@ _TURNS = {
 }
 
 T = TypeVar("T")
+AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 
 
 def open_picture(value: dict[str, Any]) -> Image.Image:
@@ -169,7 +172,8 @@ class ImageBuckets:
 
     Attributes:
         dataset (`datasets.Dataset`):
-            The prompts with their undecoded images and the numbers of their rows; what is to be loaded by [`load`].
+            The prompts with their undecoded images, those that they edit, and the numbers of their rows; what is to be
+            loaded by [`load`].
         bucket_of_row (`list[int]`):
             Bucket of each row, an index of `RATIOS`.
 
@@ -185,8 +189,11 @@ class ImageBuckets:
                 f"The column 'image' of train_dataset must be of type datasets.Image, got {feature}. Turn paths or "
                 "bytes into images with dataset.cast_column('image', datasets.Image()), or rename the column."
             )
-        dataset = dataset.with_format(None).select_columns(["prompt", "image"])
+        columns = [column for column in dataset.column_names if column in ("prompt", "image", CONDITION_IMAGE)]
+        dataset = dataset.with_format(None).select_columns(columns)
         dataset = dataset.cast_column("image", ImageFeature(decode=False))
+        if CONDITION_IMAGE in columns:
+            dataset = undecoded_condition_images(dataset, "train_dataset")
         sizes = read_all(dataset, "image", lambda row, value: _rgb(row, value).size, process_index, num_processes)
         # Of one area, so that the nearest is the one whose aspect is the least times larger or smaller.
         buckets = [(1 / math.sqrt(ratio), math.sqrt(ratio)) for ratio in RATIOS]
@@ -239,29 +246,75 @@ class ImageBuckets:
         return VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy(pictures))
 
 
-def _rgb(row: int, value: dict[str, Any] | None) -> Image.Image:
+def _rgb(row: int, value: dict[str, Any] | None, column: str = "image", name: str = "train_dataset") -> Image.Image:
     """The upright picture of a row as RGB; `ValueError` where that is not possible without a decision of the user."""
     if value is None:
         raise ValueError(
-            f"Row {row} of train_dataset has no image. Filter such rows: "
-            "dataset.filter(lambda row: row['image'] is not None)."
+            f"Row {row} of {name} has no image. Filter such rows: "
+            f"dataset.filter(lambda row: row['{column}'] is not None)."
         )
     try:
         picture = open_picture(value)
     except ValueError as error:
-        raise ValueError(_unreadable(row, error, "train_dataset")) from error
+        raise ValueError(_unreadable(row, error, name)) from error
+    return plain_rgb(picture, f"Row {row} of {name}")
+
+
+def plain_rgb(picture: Image.Image, name: str) -> Image.Image:
+    """
+    A picture as RGB.
+
+    Args:
+        picture (`PIL.Image`): upright.
+        name (`str`): what has it, for the message.
+
+    Raises:
+        `ValueError`: a mode other than `CONVERTIBLE_MODES`, transparent pixels.
+    """
     if picture.mode not in CONVERTIBLE_MODES:
         raise ValueError(
-            f"Row {row} of train_dataset has an image of mode {picture.mode!r}, whose range of values is not known. "
+            f"{name} has an image of mode {picture.mode!r}, whose range of values is not known. "
             f"Rescale it to 8 bits and save it as RGB, or drop the row; {', '.join(CONVERTIBLE_MODES)} can be used."
         )
     # An alpha channel says little, most are opaque: that shows in the pixels.
     if picture.has_transparency_data and picture.convert("RGBA").getchannel("A").getextrema()[0] < 255:
         raise ValueError(
-            f"Row {row} of train_dataset has an image with transparent pixels, and what is behind them is not known. "
+            f"{name} has an image with transparent pixels, and what is behind them is not known. "
             "Lay it on a background (PIL.Image.alpha_composite) and save it as RGB, or drop the row."
         )
     return picture.convert("RGB")
+
+
+def undecoded_condition_images(dataset: AnyDataset, name: str) -> AnyDataset:
+    """
+    The dataset with the images that prompts edit undecoded, from images or from their paths.
+
+    Raises:
+        `ValueError`: a column of another type.
+    """
+    feature = dataset.features[CONDITION_IMAGE]
+    if not isinstance(feature, ImageFeature) and feature != Value("string"):
+        raise ValueError(
+            f"The column {CONDITION_IMAGE!r} of {name} must be of type datasets.Image or hold paths, got {feature}. Turn "
+            f"arrays into pictures with PIL.Image.fromarray, and bytes into images with "
+            f"dataset.cast_column({CONDITION_IMAGE!r}, datasets.Image())."
+        )
+    return dataset.cast_column(CONDITION_IMAGE, ImageFeature(decode=False))
+
+
+def check_condition_images(dataset: Dataset, name: str, process_index: int = 0, num_processes: int = 1) -> None:
+    """
+    Read all images that prompts edit, undecoded, as [`read_all`]: every row must have one that can become RGB.
+
+    Raises:
+        `ValueError`: the message names the row.
+    """
+    name = f"column {CONDITION_IMAGE!r} of {name}"
+
+    def read(row: int, value: dict[str, Any] | None) -> None:
+        _rgb(row, value, CONDITION_IMAGE, name)
+
+    read_all(dataset, CONDITION_IMAGE, read, process_index, num_processes)
 
 
 def _unreadable(row: int, error: Exception, name: str) -> str:

@@ -25,6 +25,8 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils import logging
 
+from .prompt_images import Prompt
+
 
 logger = logging.get_logger(__name__)
 
@@ -53,14 +55,15 @@ class PromptStore:
         self.max_bytes = max_gib * 2**30
         folder.mkdir(parents=True, exist_ok=True)
 
-    def _path(self, prompt: str) -> Path:
+    def _path(self, prompt: Prompt) -> Path:
+        # One with an image shows its digest.
         name = hashlib.sha256(f"{self.key}\n{prompt}".encode()).hexdigest()
         return self.folder / name[:2] / (name + _SUFFIX)  # no folder with a hundred thousand names
 
-    def __contains__(self, prompt: str) -> bool:
+    def __contains__(self, prompt: Prompt) -> bool:
         return self._path(prompt).exists()
 
-    def get(self, prompt: str) -> dict[str, torch.Tensor] | None:
+    def get(self, prompt: Prompt) -> dict[str, torch.Tensor] | None:
         """The embeddings of a prompt, on the CPU; `None` if it is not there, or its file is damaged."""
         path = self._path(prompt)
         try:
@@ -73,7 +76,7 @@ class PromptStore:
             return None
         return tensors
 
-    def put(self, prompt: str, tensors: dict[str, torch.Tensor]) -> None:
+    def put(self, prompt: Prompt, tensors: dict[str, torch.Tensor]) -> None:
         """Write the embeddings of a prompt. Where another process does so at the same time, the last one stays."""
         path = self._path(prompt)
         path.parent.mkdir(exist_ok=True)

@@ -19,6 +19,10 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 
+# Column of the images that prompts edit.
+CONDITION_IMAGE = "condition_image"
+
+
 def column_names(dataset: Dataset | IterableDataset) -> list[str]:
     """The columns of a dataset; of a stream that does not tell, those of its first row, which is read for it."""
     return list(next(iter(dataset), {})) if dataset.column_names is None else dataset.column_names

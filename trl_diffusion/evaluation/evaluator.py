@@ -22,6 +22,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 
+from ..data.prompt_images import Prompt, key_of, prompt_of, texts_of
 from ..metrics import mean_interval
 from ..metrics.win_rate import win_rate
 
@@ -47,7 +48,8 @@ class Evaluator:
 
     Args:
         draw (`Callable`): `(prompts, seeds, adapter_fraction)` to images `(B, 3, H, W)` in [0, 1]; with a fraction of 0
-            those of the base model, with 1 those of the model.
+            those of the base model, with 1 those of the model. Prompts come with their images where the dataset has the
+            column `condition_image`.
         score (`Callable`): `(images, prompts, columns)` to scores `(B,)` by name, NaN where one does not apply.
         read_columns (`Callable`): rows of a dataset to their columns besides the prompt, for `score`.
         num_images (`int`): images of an evaluation, N, over all processes; prompts are repeated where there are fewer.
@@ -55,13 +57,13 @@ class Evaluator:
         has_base (`bool`): whether there is a base model to compare with.
     """
 
-    draw: Callable[[list[str], Sequence[int], float], torch.Tensor]
+    draw: Callable[[list[Prompt], Sequence[int], float], torch.Tensor]
     score: Callable[[torch.Tensor, list[str], Mapping[str, list[Any]]], Scores]
     read_columns: Callable[[list[dict[str, Any]]], dict[str, list[Any]]]
     num_images: int
     accelerator: Accelerator
     has_base: bool
-    _base_scores: dict[tuple[str, ...], Scores] = field(default_factory=dict, init=False)
+    _base_scores: dict[tuple[Prompt, ...], Scores] = field(default_factory=dict, init=False)
 
     def metrics(self, dataset: Dataset) -> dict[str, float]:
         """
@@ -97,7 +99,7 @@ class Evaluator:
             for model, scores in (("base", base), ("aligned", aligned))
         }
 
-    def compare(self, dataset: Dataset) -> tuple[list[str], Scores, Scores | None]:
+    def compare(self, dataset: Dataset) -> tuple[list[Prompt], Scores, Scores | None]:
         """
         Returns:
             The N prompts; the scores `(N,)` by name; and those of the base model, or `None` where there is none.
@@ -105,22 +107,23 @@ class Evaluator:
         share = evaluation_share(self.num_images, self.accelerator.process_index, self.accelerator.num_processes)
         rows = [dataset[index % len(dataset)] for index in share]
         columns = self.read_columns(rows)
+        prompts = [key_of(prompt_of(dataset[index % len(dataset)])) for index in range(self.num_images)]
         base = None
         if self.has_base:
             # Before the model's, so that a `score` that keeps the last scores keeps those.
-            key = tuple(dataset["prompt"])
+            key = tuple(prompts)
             if key not in self._base_scores:
                 self._base_scores[key] = self._scores(rows, share, columns, 0.0)
             base = self._base_scores[key]
         scores = self._scores(rows, share, columns, 1.0)
-        return [dataset[index % len(dataset)]["prompt"] for index in range(self.num_images)], scores, base
+        return prompts, scores, base
 
     def _scores(
         self, rows: list[dict[str, Any]], seeds: list[int], columns: dict[str, list[Any]], adapter_fraction: float
     ) -> Scores:
         """Draw and score this process's images; returns the scores `(N,)` of those of all processes."""
-        prompts = [row["prompt"] for row in rows]
+        prompts = [prompt_of(row) for row in rows]
         images = self.draw(prompts, seeds, adapter_fraction).to(self.accelerator.device)
-        scores = self.score(images, prompts, columns)
+        scores = self.score(images, texts_of(prompts), columns)
         gathered = self.accelerator.gather(torch.stack(list(scores.values()), 1))[: self.num_images]
         return dict(zip(scores, gathered.unbind(1), strict=True))

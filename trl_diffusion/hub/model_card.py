@@ -112,6 +112,9 @@ EMBEDDED_MODEL = "shapes"
 # Control characters other than white space, and marks that change the direction of the text that follows.
 _UNSEEN = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069]")
 
+# What the usage example of an editing model loads.
+IMAGE_PLACEHOLDER = "path/or/url/of/an/image"
+
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets")
 
 
@@ -158,6 +161,7 @@ def _usage(
     prompt: str,
     call_arguments: Mapping[str, Any],
     fused_loras: Sequence[str],
+    takes_image: bool,
 ) -> str:
     lines = ["import torch"]
     base = _literal(base_model or "path/to/the/base/model")
@@ -189,7 +193,15 @@ def _usage(
         lines += [f"pipe.load_lora_weights({_literal(repository)}, weight_name={_literal(DIFFUSERS_WEIGHTS_NAME)})"]
     if base_model != EMBEDDED_MODEL:
         lines += ['pipe.to("cuda")']
-    return "\n".join([*lines, *_call(prompt, call_arguments)])
+    if takes_image:
+        lines.insert(lines.index(""), "from diffusers.utils import load_image")
+        lines += [f"source = load_image({_literal(IMAGE_PLACEHOLDER)})"]
+    return "\n".join([*lines, *_call(prompt, call_arguments, *_source(takes_image))])
+
+
+def _source(takes_image: bool) -> list[str]:
+    """The argument of the image that a pipeline edits."""
+    return ["image=source"] if takes_image else []
 
 
 def _call(prompt: str, call_arguments: Mapping[str, Any], *more: str) -> list[str]:
@@ -202,7 +214,7 @@ def _call(prompt: str, call_arguments: Mapping[str, Any], *more: str) -> list[st
     return ["image = pipe(", *(f"    {argument}," for argument in arguments), ").images[0]"]
 
 
-def _hybrid(prompt: str, call_arguments: Mapping[str, Any]) -> str:
+def _hybrid(prompt: str, call_arguments: Mapping[str, Any], takes_image: bool) -> str:
     """The steps of `generate(adapter_fraction=0.6)`, in the pipeline of the usage example."""
     return "\n".join(
         [
@@ -214,7 +226,7 @@ def _hybrid(prompt: str, call_arguments: Mapping[str, Any]) -> str:
             "    return tensors",
             "",
             "",
-            *_call(prompt, call_arguments, "callback_on_step_end=adapter_for_60_percent"),
+            *_call(prompt, call_arguments, *_source(takes_image), "callback_on_step_end=adapter_for_60_percent"),
         ]
     )
 
@@ -241,6 +253,7 @@ def build_model_card(
     fused_loras: Sequence[str] = (),
     undistilled_model: str | None = None,
     distilled_model: str | None = None,
+    takes_image: bool = False,
     tags: Sequence[str] = (),
 ) -> ModelCard:
     """
@@ -293,6 +306,8 @@ def build_model_card(
             Hub id of the model that the base model is distilled from.
         distilled_model (`str`, *optional*):
             Hub id of the model that is distilled from the base model.
+        takes_image (`bool`, *optional*, defaults to `False`):
+            Whether the pipeline edits an image.
         tags (`Sequence[str]`, *optional*):
             More tags for the metadata.
 
@@ -328,17 +343,18 @@ def build_model_card(
         dataset_text = None
 
     is_lora = transformer_class is None
+    task = "image-to-image" if takes_image else "text-to-image"
     card_data = ModelCardData(
         base_model=base_id,
         base_model_relation=None if base_id is None else ("adapter" if is_lora else "finetune"),
         datasets=None if dataset_id is None else [dataset_id],
         library_name="diffusers",
         **(license or {}),
-        pipeline_tag="text-to-image",
+        pipeline_tag=task,
         tags=list(
             dict.fromkeys(
                 [
-                    "text-to-image",
+                    task,
                     "diffusers",
                     *(["lora", "template:sd-lora"] if is_lora else ["diffusers-training"]),
                     "trl",
@@ -378,10 +394,11 @@ def build_model_card(
             prompt=prompt,
             call_arguments=call_arguments or {},
             fused_loras=fused_loras,
+            takes_image=takes_image,
         ),
         undistilled_model=undistilled_model,
         distilled_model=distilled_model if is_lora else None,
-        hybrid=_hybrid(prompt, call_arguments or {}) if is_lora and "chunk_grpo" in papers else None,
+        hybrid=_hybrid(prompt, call_arguments or {}, takes_image) if is_lora and "chunk_grpo" in papers else None,
         gallery=bool(samples),
         images={name.replace(" ", "%20"): escape(caption) for name, caption in (images or {}).items()},
         metrics=rows,

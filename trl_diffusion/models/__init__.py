@@ -17,9 +17,11 @@ from .chroma import ChromaFlowModel
 from .conditioning import Conditioning, open_prompt_store
 from .flux import FluxFlowModel
 from .flux2 import Flux2FlowModel, Flux2KleinFlowModel
+from .flux_kontext import FluxKontextFlowModel
 from .krea2 import Krea2FlowModel
 from .loading import FLOW_MODELS, load_flow_model, whole_weights
 from .qwen_image import QwenImageFlowModel
+from .qwen_image_edit import QwenImageEditFlowModel, QwenImageEditPlusFlowModel
 from .sampler import Sampler
 from .sana import SanaFlowModel
 from .sd3 import SD3FlowModel
@@ -34,7 +36,10 @@ __all__ = [
     "Flux2FlowModel",
     "Flux2KleinFlowModel",
     "FluxFlowModel",
+    "FluxKontextFlowModel",
     "Krea2FlowModel",
+    "QwenImageEditFlowModel",
+    "QwenImageEditPlusFlowModel",
     "QwenImageFlowModel",
     "SD3FlowModel",
     "Sampler",

@@ -26,6 +26,8 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..data.prompt_images import Prompt
+from ..data.prompts import CONDITION_IMAGE
 from .vae_gradients import recomputed
 
 
@@ -35,7 +37,7 @@ _NEGATIVE = "negative_"
 def add_negative(
     conditioning: dict[str, torch.Tensor], negative: dict[str, torch.Tensor], num: int
 ) -> dict[str, torch.Tensor]:
-    """A conditioning of B rows, with the one row of the negative prompt as B more entries `negative_{name}`."""
+    """A conditioning of B rows, with those of negative prompts, one for all or B, as B more entries `negative_{name}`."""
     expanded = {f"{_NEGATIVE}{name}": tensor.expand(num, *tensor.shape[1:]) for name, tensor in negative.items()}
     return {**conditioning, **expanded}
 
@@ -60,7 +62,8 @@ class FlowModel(ABC):
     are the VAE's, normalised: `(B, C, h, w)`, or `(B, C, F, h, w)` with frames, always float32. How the network wants
     them (packed, patched, as a list), and the time, and in which sign it answers, is known to the family's `forward`
     alone; so the size of an image follows from its latents. The VAE, the text encoders and the denoiser are put in
-    eval mode and frozen; the trainer makes the denoiser, or its adapter, trainable again.
+    eval mode and frozen; the trainer makes the denoiser, or its adapter, trainable again. A family that edits an image is
+    an [`~trl_diffusion.models.editing.EditingFlowModel`].
 
     A new family is one subclass with `encode` and `forward`, one entry of `FLOW_MODELS` and one row in the table of
     `tests/models/test_families.py`, which requires the very latents and images of the family's own pipeline. What it
@@ -123,6 +126,8 @@ class FlowModel(ABC):
     """Entries of a prompt's conditioning whose first dimension is the prompt's length: padded, with a mask."""
     patch_size: int = 2
     """Latent pixels along the side of one token."""
+    takes_image: ClassVar[bool] = False
+    """Whether a prompt comes with an image that it edits, as a [`~trl_diffusion.data.prompt_images.PromptWithImage`]."""
     default_guidance_scale: float
     """Guidance of the family's pipeline where the user gives none."""
     max_sequence_length: int
@@ -183,6 +188,10 @@ class FlowModel(ABC):
         """The negative prompt as [`encode`] takes it."""
         return None if self.negative_prompt is None else self.negative_mark + self.negative_prompt
 
+    def negative_of(self, prompt: Prompt) -> Prompt | None:
+        """What guidance leads away from at a prompt, as [`encode`] takes it: the same for all prompts without images."""
+        return self.marked_negative_prompt
+
     @classmethod
     def check_negative_prompt(cls, negative_prompt: str | None) -> None:
         """Raise a `ValueError` if there is a negative prompt where no guidance would use it."""
@@ -198,6 +207,21 @@ class FlowModel(ABC):
             raise ValueError(
                 f"guidance_scale={guidance_scale} does not fit this {self.pipeline_class.__name__}, which is distilled to "
                 f"do without guidance. Leave guidance_scale unset, or set it to {self.unguided_scale}."
+            )
+
+    @classmethod
+    def check_condition_image(cls, has_image: bool) -> None:
+        """Raise a `ValueError` where prompts come with images and the family edits none, or the other way round."""
+        name = cls.pipeline_class.__name__
+        if has_image and not cls.takes_image:
+            raise ValueError(
+                f"There is a {CONDITION_IMAGE}, but a {name} draws from prompts alone. Remove it, of a dataset by "
+                f"dataset.remove_columns({CONDITION_IMAGE!r}), or use a model that edits images."
+            )
+        if cls.takes_image and not has_image:
+            raise ValueError(
+                f"A {name} edits images, and there is no {CONDITION_IMAGE}. Add the images to edit to the dataset, in a "
+                f"column {CONDITION_IMAGE!r} of type datasets.Image or of paths."
             )
 
     def set_distilled(self, undistilled_model: str) -> None:
@@ -259,14 +283,14 @@ class FlowModel(ABC):
 
     # ------------------------------------------------------------------------------------------------------- prompts
     @abstractmethod
-    def encode(self, prompts: list[str], device: torch.device) -> list[dict[str, torch.Tensor]]:
+    def encode(self, prompts: list[Prompt], device: torch.device) -> list[dict[str, torch.Tensor]]:
         """
         The family's: the conditioning of each prompt, by the pipeline's own method, so that a prompt means what it
         means in the pipeline.
 
         Args:
-            prompts (`list[str]` of length B):
-                Prompts.
+            prompts (`list[Prompt]` of length B):
+                Prompts, with images where the family edits them.
             device (`torch.device`):
                 Where the text encoders are.
 
@@ -275,13 +299,13 @@ class FlowModel(ABC):
             `variable_length` without padding.
         """
 
-    def encode_rows(self, prompts: list[str]) -> list[dict[str, torch.Tensor]]:
+    def encode_rows(self, prompts: list[Prompt]) -> list[dict[str, torch.Tensor]]:
         """
         The conditioning of each prompt, without gradient and outside of autocast (under which T5 can overflow).
 
         Args:
-            prompts (`list[str]` of length B):
-                Prompts.
+            prompts (`list[Prompt]` of length B):
+                Prompts, with images where the family edits them.
 
         Returns:
             `list[dict[str, torch.Tensor]]` of length B: one row for [`collate`] for each prompt. On the text encoders'
@@ -337,13 +361,13 @@ class FlowModel(ABC):
             batch[name] = torch.stack(tensors)
         return batch
 
-    def encode_prompt(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+    def encode_prompt(self, prompts: list[Prompt]) -> dict[str, torch.Tensor]:
         """
         The denoiser's conditioning of prompts as a batch, with that of the negative prompt where guidance needs it.
 
         Args:
-            prompts (`list[str]` of length B):
-                Prompts.
+            prompts (`list[Prompt]` of length B):
+                Prompts, with images where the family edits them.
 
         Returns:
             `dict[str, torch.Tensor]`: the first dimension of every entry is B; the negative prompt's entries are named
@@ -354,9 +378,12 @@ class FlowModel(ABC):
         """
         if self.negative_prompt is None:
             return self.collate(self.encode_rows(prompts))
-        batch = self.collate(self.encode_rows([*prompts, self.marked_negative_prompt]))
-        conditioning = {name: tensor[:-1] for name, tensor in batch.items()}
-        return add_negative(conditioning, {name: tensor[-1:] for name, tensor in batch.items()}, len(prompts))
+        negatives = [self.negative_of(prompt) for prompt in prompts]
+        distinct = list(dict.fromkeys(negatives))
+        batch = self.collate(self.encode_rows([*prompts, *distinct]))
+        rows = [len(prompts) + distinct.index(negative) for negative in negatives]
+        conditioning = {name: tensor[: len(prompts)] for name, tensor in batch.items()}
+        return add_negative(conditioning, {name: tensor[rows] for name, tensor in batch.items()}, len(prompts))
 
     @property
     def can_encode(self) -> bool:
@@ -557,6 +584,10 @@ class FlowModel(ABC):
     def is_guided(self, guidance_scale: float) -> bool:
         """Whether this guidance takes a second forward, with the negative prompt."""
         return self.true_guidance and guidance_scale > self.unguided_scale
+
+    def size_arguments(self, height: int, width: int) -> dict[str, int]:
+        """What the pipeline's own call is told for a size in pixels."""
+        return {"height": height, "width": width}
 
     def guidance_arguments(self, guidance_scale: float) -> dict[str, Any]:
         """What the pipeline's own call is told for this guidance."""

@@ -29,6 +29,7 @@ from accelerate.utils import gather_object
 from huggingface_hub import cached_assets_path
 from tqdm.auto import tqdm
 
+from ..data.prompt_images import Prompt, key_of
 from ..data.prompt_store import PromptStore
 from .base import FlowModel, add_negative
 
@@ -63,10 +64,13 @@ def open_prompt_store(flow_model: FlowModel, max_gib: float) -> PromptStore:
 
 
 def _hash_of_weights(flow_model: FlowModel) -> str:
-    """Of text encoders in memory, and of what tokenizers are saved as."""
+    """Of text encoders in memory, of the VAE where it encodes images, and of what tokenizers are saved as."""
     digest = hashlib.sha256()
-    for name, module in flow_model.text_encoders.items():
-        digest.update(f"{name} {module.config.to_json_string()}".encode())
+    parts = [(name, module, module.config) for name, module in flow_model.text_encoders.items()]
+    if flow_model.takes_image:
+        parts.append(("vae", flow_model.vae, flow_model.vae))  # which writes its configuration itself
+    for name, module, config in parts:
+        digest.update(f"{name} {config.to_json_string()}".encode())
         for key, tensor in [*module.named_parameters(), *module.named_buffers()]:
             digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -84,7 +88,7 @@ class Conditioning:
     The conditioning of prompts, encoded in windows: where a prompt is asked for that is not there, it is encoded together
     with those that come next, and those before are let go. So neither the memory nor the time to the first step
     depends on the size of the dataset. The text encoders are on the accelerator while a window is encoded, and
-    elsewhere on the CPU.
+    elsewhere on the CPU. Where prompts come with images to edit, these are encoded with them.
 
     Each process encodes what its own images need. Prompts are encoded one by one, so that embeddings depend neither on
     the prompts beside nor on where a window begins; text encoders of real size are busy with one.
@@ -111,22 +115,22 @@ class Conditioning:
         self.device = device
         self.window = window
         self.store = store
-        self.upcoming: Callable[[], Iterable[str]] = tuple
-        self._kept: dict[str, Row] = {}
-        self._window: dict[str, Row] = {}
+        self.upcoming: Callable[[], Iterable[Prompt]] = tuple
+        self._kept: dict[Prompt, Row] = {}
+        self._window: dict[Prompt, Row] = {}
         # What entries of variable length are padded to, so that no row depends on the rows beside it.
         self._length = flow_model.max_sequence_length
 
-    def keep_all(self, prompts: Iterable[str]) -> None:
+    def keep_all(self, prompts: Iterable[Prompt]) -> None:
         """
         Encode all the prompts of a run, each process its share, keep them in memory on every process, and free the text
         encoders. To be called on every process.
 
         Args:
-            prompts (`Iterable[str]`): the same on every process; repeated ones cost nothing.
+            prompts (`Iterable[Prompt]`): the same on every process; repeated ones cost nothing.
         """
-        negative = self.flow_model.marked_negative_prompt
-        distinct = list(dict.fromkeys([*prompts, *([] if negative is None else [negative])]))
+        prompts = list(dict.fromkeys(prompts))
+        distinct = list(dict.fromkeys([*prompts, *self._negatives(prompts)]))
         state = PartialState()
         mine = self._encoded(distinct[state.process_index :: state.num_processes])
         # In small parts: NCCL exchanges objects in the accelerator's memory.
@@ -137,11 +141,18 @@ class Conditioning:
         self._length = max(map(self.flow_model.row_length, self._kept.values()))
         self.flow_model.free_text_encoders()
 
-    def keep(self, prompts: Iterable[str]) -> None:
+    def keep(self, prompts: Iterable[Prompt]) -> None:
         """Encode prompts and keep them in memory on this process."""
-        self._kept |= self._encoded([prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept])
+        prompts = list(dict.fromkeys(prompts))
+        needed = dict.fromkeys([*prompts, *self._negatives(prompts)])
+        self._kept |= self._encoded([prompt for prompt in needed if prompt not in self._kept])
 
-    def check_available(self, prompts: Iterable[str]) -> None:
+    def _negatives(self, prompts: Iterable[Prompt]) -> list[Prompt]:
+        """What guidance leads away from at each prompt; nothing where there is no guidance by a negative prompt."""
+        negatives = [self.flow_model.negative_of(prompt) for prompt in prompts]
+        return [negative for negative in negatives if negative is not None]
+
+    def check_available(self, prompts: Iterable[Prompt]) -> None:
         """Refuse prompts that are not there and cannot be encoded any more."""
         if self.flow_model.can_encode:
             return
@@ -153,14 +164,14 @@ class Conditioning:
                     "id or path of the pipeline instead of the loaded one."
                 )
 
-    def get(self, prompts: list[str], ahead: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    def get(self, prompts: list[Prompt], ahead: Iterable[Prompt] | None = None) -> dict[str, torch.Tensor]:
         """
         The conditioning of prompts, on the device.
 
         Args:
-            prompts (`list[str]` of length B):
+            prompts (`list[Prompt]` of length B):
                 Prompts, in any order, repeated or not.
-            ahead (`Iterable[str]`, *optional*):
+            ahead (`Iterable[Prompt]`, *optional*):
                 What will be asked for after these; `upcoming()` by default.
 
         Returns:
@@ -170,25 +181,27 @@ class Conditioning:
             `ValueError`: a prompt must be encoded, and the text encoders are gone.
         """
         self.check_available(prompts)
-        negative = self.flow_model.marked_negative_prompt
-        distinct = list(dict.fromkeys(prompts))
-        needed = [*distinct, *([] if negative is None else [negative])]
+        negatives = self._negatives(prompts)
+        needed = list(dict.fromkeys([*prompts, *negatives]))
         if any(prompt not in self._kept and prompt not in self._window for prompt in needed):
-            if negative is not None:
-                self.keep([negative])
-            self._advance(distinct, self.upcoming() if ahead is None else ahead)
+            self._advance(list(dict.fromkeys(prompts)), self.upcoming() if ahead is None else ahead)
+        rows = {prompt: self._kept[prompt] if prompt in self._kept else self._window[prompt] for prompt in needed}
+        # Prompts and negative prompts of one batch have one length.
+        length = max(self._length, *map(self.flow_model.row_length, rows.values()))
+        conditioning = self._batch(prompts, rows, length)
+        if not negatives:
+            return conditioning
+        return add_negative(conditioning, self._batch(negatives, rows, length), len(prompts))
+
+    def _batch(self, prompts: list[Prompt], rows: dict[Prompt, Row], length: int) -> Row:
         # Each distinct prompt is moved once; its G generations are copies on the device.
+        distinct = list(dict.fromkeys(prompts))
         position = {prompt: i for i, prompt in enumerate(distinct)}
         index = torch.tensor([position[prompt] for prompt in prompts], device=self.device)
-        conditioning = {name: tensor[index] for name, tensor in self._batch(distinct).items()}
-        return conditioning if negative is None else add_negative(conditioning, self._batch([negative]), len(prompts))
+        batch = self.flow_model.collate([rows[prompt] for prompt in distinct], length)
+        return {name: tensor.to(self.device)[index] for name, tensor in batch.items()}
 
-    def _batch(self, prompts: list[str]) -> Row:
-        rows = [self._kept[prompt] if prompt in self._kept else self._window[prompt] for prompt in prompts]
-        length = max(self._length, *map(self.flow_model.row_length, rows))
-        return {name: tensor.to(self.device) for name, tensor in self.flow_model.collate(rows, length).items()}
-
-    def _advance(self, prompts: list[str], ahead: Iterable[str]) -> None:
+    def _advance(self, prompts: list[Prompt], ahead: Iterable[Prompt]) -> None:
         wanted = dict.fromkeys(prompt for prompt in prompts if prompt not in self._kept)
         # A dataset may have fewer prompts than a window, and `ahead` no end: it is followed for so long only.
         for prompt in itertools.islice(ahead, 4 * self.window):
@@ -196,14 +209,16 @@ class Conditioning:
                 break
             if prompt not in self._kept:
                 wanted[prompt] = None
+        negatives = [prompt for prompt in self._negatives([*prompts, *wanted]) if prompt not in self._kept]
+        wanted |= dict.fromkeys(negatives)
         self._window = {prompt: self._window[prompt] for prompt in wanted if prompt in self._window}
         self._window |= self._encoded([prompt for prompt in wanted if prompt not in self._window])
 
-    def _encoded(self, prompts: list[str]) -> dict[str, Row]:
+    def _encoded(self, prompts: list[Prompt]) -> dict[Prompt, Row]:
         """The embeddings of distinct prompts, from the store or of the text encoders, on the CPU."""
-        found: dict[str, Row] = {}
+        found: dict[Prompt, Row] = {}
         if self.store is not None:
-            found = {prompt: row for prompt in prompts if (row := self.store.get(prompt)) is not None}
+            found = {key_of(prompt): row for prompt in prompts if (row := self.store.get(prompt)) is not None}
         missing = [prompt for prompt in prompts if prompt not in found]
         if not missing:
             return found
@@ -212,9 +227,10 @@ class Conditioning:
             for prompt in tqdm(missing, desc="Encoding prompts", unit="prompt", leave=False, disable=hidden):
                 (row,) = self.flow_model.encode_rows([prompt])
                 # A copy, which keeps no memory of the encoders' alive.
-                found[prompt] = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in row.items()}
+                row = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in row.items()}
+                found[key_of(prompt)] = row
                 if self.store is not None:
-                    self.store.put(prompt, found[prompt])
+                    self.store.put(prompt, row)
         if self.store is not None:
             self.store.trim()
         return found

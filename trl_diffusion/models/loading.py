@@ -38,9 +38,11 @@ from .base import FlowModel, check_multiple
 from .chroma import ChromaFlowModel
 from .flux import FluxFlowModel
 from .flux2 import Flux2FlowModel, Flux2KleinFlowModel
+from .flux_kontext import FluxKontextFlowModel
 from .krea2 import Krea2FlowModel
 from .passed import make_plain
 from .qwen_image import QwenImageFlowModel
+from .qwen_image_edit import QwenImageEditFlowModel, QwenImageEditPlusFlowModel
 from .sana import SanaFlowModel
 from .sd3 import SD3FlowModel
 from .z_image import ZImageFlowModel
@@ -58,6 +60,9 @@ FLOW_MODELS: dict[str, type[FlowModel]] = {
         Flux2FlowModel,
         Flux2KleinFlowModel,
         ZImageFlowModel,
+        FluxKontextFlowModel,
+        QwenImageEditPlusFlowModel,
+        QwenImageEditFlowModel,
     )
 }
 """The supported families: pipeline class name to [`FlowModel`]."""
@@ -106,6 +111,7 @@ def load_flow_model(
     torch_dtype: torch.dtype | None = None,
     size: tuple[int | None, int | None] = (None, None),
     negative_prompt: str | None = None,
+    has_condition_image: bool | None = None,
     **kwargs: Any,
 ) -> FlowModel:
     """
@@ -123,6 +129,8 @@ def load_flow_model(
             Height and width in pixels that the model will be used at, to be checked; `None` is the model's default.
         negative_prompt (`str`, *optional*):
             What true guidance leads away from; the empty prompt if `None`.
+        has_condition_image (`bool`, *optional*):
+            Whether prompts come with images to edit, to be checked; `None` is not known yet.
         **kwargs:
             Passed to the pipeline's `from_pretrained`, as `revision`, `variant` or `quantization_config`. Not for a
             loaded pipeline.
@@ -131,14 +139,16 @@ def load_flow_model(
         [`FlowModel`]: everything frozen and in eval mode, on the device where it was loaded.
 
     Raises:
-        `ValueError`: if there is no pipeline at `model`, its family is not supported or has no use for a negative prompt,
-        or loading arguments are given for a loaded pipeline.
+        `ValueError`: if there is no pipeline at `model`, its family is not supported or has no use for a negative prompt
+        or an image, or needs one, or loading arguments are given for a loaded pipeline.
     """
     if isinstance(model, DiffusionPipeline):
         if torch_dtype is not None or kwargs:
             given = sorted(kwargs) + (["torch_dtype"] if torch_dtype is not None else [])
             raise ValueError(f"{given} only apply to a model that is still to be loaded, not to a loaded pipeline.")
         flow_model_class = _family_of(type(model).__name__, model)
+        if has_condition_image is not None:
+            flow_model_class.check_condition_image(has_condition_image)
         make_plain(model)
         model.scheduler = euler_of(model.scheduler)
         flow_model = flow_model_class(model)
@@ -147,7 +157,13 @@ def load_flow_model(
         return flow_model
     if model == "shapes":
         # FluxPipeline takes 128 latents a side for its default whatever it loads; this one draws smaller pictures.
-        flow_model = load_flow_model(shapes.pipeline_path(), torch_dtype, negative_prompt=negative_prompt, **kwargs)
+        flow_model = load_flow_model(
+            shapes.pipeline_path(),
+            torch_dtype,
+            negative_prompt=negative_prompt,
+            has_condition_image=has_condition_image,
+            **kwargs,
+        )
         flow_model.pipeline.default_sample_size = shapes.IMAGE_SIZE // flow_model.pipeline.vae_scale_factor
         return flow_model
     hub_arguments = {"revision", "token", "cache_dir", "local_files_only", "force_download", "proxies"}
@@ -167,6 +183,8 @@ def load_flow_model(
             f"Supported: {', '.join(FLOW_MODELS)}."
         ) from error
     flow_model_class = _family_of(config.get("_class_name"), model)
+    if has_condition_image is not None:
+        flow_model_class.check_condition_image(has_condition_image)
     if size != (None, None):
         vae_config = AutoencoderKL.load_config(model, subfolder="vae", **hub_kwargs)
         multiple = flow_model_class.vae_downsample(vae_config) * flow_model_class.patch_size
@@ -190,25 +208,26 @@ def load_flow_model(
 
     pipeline = load(**dict.fromkeys(names))
     flow_model = load_flow_model(pipeline, negative_prompt=negative_prompt)
-    flow_model.source = f"{_source(model, **hub_kwargs)} in {torch_dtype}"
+    flow_model.source = f"{_source(model, flow_model_class.takes_image, **hub_kwargs)} in {torch_dtype}"
     if names:
         flow_model.load_text_encoders = load_text_encoders
     return flow_model
 
 
-def _source(model: str | os.PathLike, **hub_kwargs: Any) -> str:
+def _source(model: str | os.PathLike, takes_image: bool, **hub_kwargs: Any) -> str:
     """
-    What the text encoders and tokenizers of a pipeline are, without reading their weights: repository and commit, or
-    names, sizes and times of files.
+    What the text encoders and tokenizers of a pipeline are, and the VAE where it encodes images, without reading their
+    weights: repository and commit, or names, sizes and times of files.
     """
     if not Path(model).is_dir():
         # The cache's folder of a snapshot has the commit's name.
         arguments = {name: value for name, value in hub_kwargs.items() if name in ("revision", "cache_dir")}
         return f"{model}@{Path(try_to_load_from_cache(str(model), 'model_index.json', **arguments)).parent.name}"
+    parts = ("text_encoder", "tokenizer", "processor", *(["vae"] if takes_image else []))
     files = [
         (path.relative_to(model).as_posix(), path.stat().st_size, path.stat().st_mtime_ns)
         for part in sorted(Path(model).iterdir())
-        if part.is_dir() and part.name.startswith(("text_encoder", "tokenizer", "processor"))
+        if part.is_dir() and part.name.startswith(parts)
         for path in sorted(part.rglob("*"))
         if path.is_file()
     ]

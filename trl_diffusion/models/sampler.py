@@ -25,6 +25,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from .. import flow
+from ..data.prompt_images import Prompt
 from .base import FlowModel
 from .conditioning import Conditioning
 
@@ -163,14 +164,14 @@ class Sampler:
     @torch.no_grad()
     def rollout(
         self,
-        prompts: list[str],
+        prompts: list[Prompt],
         noise: torch.Tensor,
         network: nn.Module | None = None,
         transitions: flow.TransitionCoefficients | None = None,
         generators: list[torch.Generator] | None = None,
         keep: Collection[int] = (),
         adapter_fraction: float = 1.0,
-        ahead: Iterable[str] | None = None,
+        ahead: Iterable[Prompt] | None = None,
         groups: Sequence[int] | None = None,
         num_groups: int = 0,
         on_batch: Callable[[slice, torch.Tensor], None] | None = None,
@@ -182,8 +183,8 @@ class Sampler:
         stochastic transition are computed once a group.
 
         Args:
-            prompts (`list[str]` of length B):
-                Prompts.
+            prompts (`list[Prompt]` of length B):
+                Prompts, with their images where the model edits them, see [`~trl_diffusion.data.prompt_images.with_image`].
             noise (`torch.Tensor` of shape `(B, C, [F,] h, w)`):
                 Initial noise, see [`draw_noise`].
             network (`nn.Module`, *optional*):
@@ -197,7 +198,7 @@ class Sampler:
             adapter_fraction (`float`, *optional*, defaults to `1.0`):
                 Share of the steps, from the noisy end, with the adapter (3 of 10 for 0.3); the others run inside
                 `adapter_off()`.
-            ahead (`Iterable[str]`, *optional*):
+            ahead (`Iterable[Prompt]`, *optional*):
                 What [`Conditioning.get`] is told of the prompts to come.
             groups (`Sequence[int]` of length B, *optional*):
                 A number for each row, the same for those that have the same prompt and the same noise.
@@ -278,7 +279,7 @@ class Sampler:
     @torch.no_grad()
     def draw_latents(
         self,
-        prompts: list[str],
+        prompts: list[Prompt],
         seeds: Sequence[int],
         network: nn.Module | None = None,
         adapter_fraction: float = 1.0,
@@ -287,8 +288,8 @@ class Sampler:
         Clean latents by the deterministic Euler solver, batch by batch.
 
         Args:
-            prompts (`list[str]` of length N):
-                Prompts.
+            prompts (`list[Prompt]` of length N):
+                Prompts, as [`rollout`] takes them.
             seeds (`Sequence[int]` of length N):
                 Seed of each image's initial noise; the noise does not depend on the batches.
             network, adapter_fraction (*optional*):
@@ -313,7 +314,7 @@ class Sampler:
 
     def draw_images(
         self,
-        prompts: list[str],
+        prompts: list[Prompt],
         seeds: Sequence[int],
         network: nn.Module | None = None,
         adapter_fraction: float = 1.0,

@@ -30,6 +30,7 @@ from transformers import AutoConfig
 
 from .. import shapes
 from ..models import FLOW_MODELS, FlowModel
+from ..models.editing import EditingFlowModel
 from ..models.loading import euler_of
 from ..paths import check_exists, not_found
 from .published import PUBLISHED
@@ -130,6 +131,10 @@ def fake_flow_model(configurations: Configurations, mode: FakeTensorMode, dtype:
     flow_model = model_class(model_class.pipeline_class(**components, **configurations.pipeline))
     # No mask has content.
     flow_model.row_lengths = lambda mask: [mask.shape[1]] * len(mask)
+    if isinstance(flow_model, EditingFlowModel):  # nor have sizes
+        flow_model.image_sizes = lambda conditioning: [
+            list(image.shape[-2:]) for image in conditioning["image_latents"]
+        ]
     return flow_model
 
 

@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 TOKEN_VARIABLE = "TRL_DIFFUSION_REWARD_TOKEN"
 LONGEST_PAUSE = 60.0  # seconds between two attempts, at most
+# Key of a picture in a column.
+PNG = "png"
 RETRIED_STATUS = {408, 425, 429, 500, 502, 503, 504}
 
 
@@ -49,7 +51,7 @@ class RemoteReward(BlackBoxReward):
     A black-box reward that asks a server, e.g. `trl-diffusion reward-server`.
 
     An image is sent as a PNG in base64: `POST {url}/score` with `{"images": [...], "prompts": [...], "columns":
-    {...}}`, answered by `{"scores": [...]}`, one number an image, or null where the reward does not apply. Where a
+    {...}}`, where a picture in a column is `{"png": "..."}`, answered by `{"scores": [...]}`, one number an image, or null where the reward does not apply. Where a
     server cannot be reached, is too slow, overloaded (429), failing (5xx) or breaks off its answer, the batch is sent
     again after a pause that doubles; after the last retry, and at once for any other wrong answer, the call fails. A
     batch is scored whole or not at all, so no score is made up and none counts twice.
@@ -114,7 +116,7 @@ class RemoteReward(BlackBoxReward):
         Args:
             images (`list[PIL.Image]`): pictures.
             prompts (`list[str]`): one a picture.
-            **columns (`list`): further columns of the dataset; must be JSON.
+            **columns (`list`): further columns of the dataset; must be JSON, or pictures.
 
         Returns:
             `list[float | None]`: one score a picture, None where the reward does not apply.
@@ -128,7 +130,7 @@ class RemoteReward(BlackBoxReward):
             request = {
                 "images": [encode_png(image) for image in images[rows]],
                 "prompts": prompts[rows],
-                "columns": {name: values[rows] for name, values in columns.items()},
+                "columns": {name: [_sendable(value) for value in values[rows]] for name, values in columns.items()},
             }
             try:
                 body = json.dumps(request, allow_nan=False).encode()
@@ -256,6 +258,11 @@ def check_url(url: str) -> None:
             f"The address of the reward server {parts.hostname!r} holds a user or a password, which would end up in "
             f"logs. Give the token in the environment variable {TOKEN_VARIABLE}."
         )
+
+
+def _sendable(value: Any) -> Any:
+    """A value of a column as JSON: a picture, as the one that a prompt edits, as the text of a PNG under "png"."""
+    return {PNG: encode_png(value)} if isinstance(value, Image.Image) else value
 
 
 def encode_png(image: Image.Image) -> str:

@@ -527,7 +527,7 @@ class DiffusionConfig(TrainingArguments):
                 )
 
     def _check_sharding(self) -> None:
-        fsdp = self.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
+        fsdp = self._uses_fsdp
         if fsdp:
             # Settings of the arguments win over the launcher's, which are in the environment.
             version = (self.fsdp_plugin_args or {}).get("fsdp_version", os.environ.get("FSDP_VERSION", "1"))
@@ -538,14 +538,23 @@ class DiffusionConfig(TrainingArguments):
                 )
         if self.deepspeed_plugin is not None:
             self._check_deepspeed(self.deepspeed_plugin.zero_stage, self.deepspeed_plugin.deepspeed_config)
-        zero_3 = self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage == 3
         for name in ("quantization", "compile_denoiser", "rollout_merged_lora"):
             value = vars(self)[name]
-            if value and (zero_3 or fsdp):
+            if value and self.shards_weights:
                 raise ValueError(
                     f"{name}={value!r} cannot be used with ZeRO-3 or FSDP, which shard the weights. Use multi_gpu, ZeRO-1 or "
                     f"ZeRO-2, or leave {name} unset."
                 )
+
+    @property
+    def _uses_fsdp(self) -> bool:
+        return self.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether no process has the whole network, so that all must call it equally often."""
+        zero_3 = self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage == 3
+        return zero_3 or self._uses_fsdp
 
     @property
     def consecutive_images(self) -> int:

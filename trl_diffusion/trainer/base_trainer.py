@@ -36,7 +36,8 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from ..data.columns import ColumnReader
-from ..data.prompts import check_prompts
+from ..data.prompt_images import Prompt, prompt_of, prompts_in, texts_of
+from ..data.prompts import CONDITION_IMAGE, check_prompts, column_names
 from ..data.sampler import BucketSampler, GroupSampler, GroupStream
 from ..evaluation import Evaluator
 from ..hub import Publisher, hub_id
@@ -111,6 +112,7 @@ class DiffusionTrainer(PublishingTrainer):
             args.process_index,
             args.world_size,
         )
+        has_condition_image = CONDITION_IMAGE in column_names(train_dataset)
         train_dataset, eval_dataset = self._prepare_datasets(args, train_dataset, eval_dataset)
         if args.should_save:
             check_writable(args.output_dir)
@@ -120,7 +122,7 @@ class DiffusionTrainer(PublishingTrainer):
         has_adapter = peft_config is not False
         name = model.config.get("_name_or_path") if isinstance(model, DiffusionPipeline) else model
         self.model_name = None if name is None else str(name)  # of a pipeline it may be a pathlib.Path
-        self.flow = load_model(args, model, full_fine_tuning=not has_adapter)
+        self.flow = load_model(args, model, not has_adapter, has_condition_image)
         self.image_sampler = make_sampler(
             self.flow,
             args,
@@ -223,19 +225,20 @@ class DiffusionTrainer(PublishingTrainer):
             eval_dataset = self._column_reader.prepare(eval_dataset, "eval_dataset")
         return train_dataset, eval_dataset
 
-    def _upcoming_prompts(self) -> Iterator[str]:
+    def _upcoming_prompts(self) -> Iterator[Prompt]:
         if isinstance(self._sampler, GroupStream):
-            return (row["prompt"] for row in self._upcoming_rows())
-        prompts = self.train_dataset.select_columns("prompt")
-        return (prompts[row]["prompt"] for row in self._upcoming_rows())
+            return map(prompt_of, self._upcoming_rows())
+        columns = [name for name in ("prompt", CONDITION_IMAGE) if name in self.train_dataset.column_names]
+        prompts = self.train_dataset.select_columns(columns)
+        return (prompt_of(prompts[row]) for row in self._upcoming_rows())
 
-    def first_prompts(self, count: int) -> list[str]:
+    def first_prompts(self, count: int) -> list[Prompt]:
         """The first distinct prompts to show, of the evaluation dataset where there is one."""
         dataset = self.train_dataset if self.eval_dataset is None else self.eval_dataset
         if isinstance(dataset, GroupStream):
-            prompts = (row["prompt"] for row in dataset.stream)
+            prompts = map(prompt_of, dataset.stream)
         else:
-            prompts = iter(dataset["prompt"])
+            prompts = prompts_in(dataset)
         # Of a long dataset the beginning is enough.
         return list(dict.fromkeys(itertools.islice(prompts, 100 * count)))[:count]
 
@@ -298,7 +301,7 @@ class DiffusionTrainer(PublishingTrainer):
     @torch.no_grad()
     def generate(
         self,
-        prompts: list[str],
+        prompts: list[Prompt],
         seeds: Sequence[int],
         adapter_fraction: float = 1.0,
         batch_size: int | None = None,
@@ -308,8 +311,9 @@ class DiffusionTrainer(PublishingTrainer):
         average of the weights where `ema_decay` is set.
 
         Args:
-            prompts (`list[str]` of length B):
-                Prompts, of the datasets given to the trainer.
+            prompts (`list[Prompt]` of length B):
+                Prompts, of the datasets given to the trainer; of an editing model with their images, see
+                [`~trl_diffusion.data.prompt_images.with_image`].
             seeds (`Sequence[int]` of length B):
                 Seed of each image's initial noise.
             adapter_fraction (`float`, *optional*, defaults to `1.0`):
@@ -394,7 +398,8 @@ class DiffusionTrainer(PublishingTrainer):
         check_prompts(eval_dataset, "eval_dataset")
         if eval_dataset is not self.eval_dataset:
             eval_dataset = self._column_reader.prepare(eval_dataset, "eval_dataset")
-        self.conditioning.check_available(eval_dataset["prompt"])
+        self.flow.check_condition_image(CONDITION_IMAGE in eval_dataset.column_names)
+        self.conditioning.check_available(prompts_in(eval_dataset))
         scores = self.evaluator.metrics(eval_dataset)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
@@ -430,7 +435,7 @@ class DiffusionTrainer(PublishingTrainer):
         if args.log_samples:
             prompts = self.first_prompts(args.num_samples_to_log)
             images = self.generate(prompts, range(len(prompts)))
-            results["samples"] = self.publisher.save_gallery(to_pil(images), prompts)
+            results["samples"] = self.publisher.save_gallery(to_pil(images), texts_of(prompts))
         if self.eval_dataset is not None and self.has_adapter and with_metrics:
             names = {name: f"rewards/{name}/mean" for name in self.rewards}
             names |= {name: f"watch/{name}/mean" for name in self.watched_rewards}

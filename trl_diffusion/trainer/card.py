@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
+from ..data.prompt_images import text_of
+
 
 if TYPE_CHECKING:
     from .base_trainer import DiffusionTrainer
@@ -50,14 +52,14 @@ def card_facts(trainer: "DiffusionTrainer") -> dict[str, Any]:
         "rewards": dict(zip(trainer.rewards, trainer.reward_weights.tolist(), strict=True)),
         "watched_rewards": list(trainer.watched_rewards),
         "settings": settings | {"num_processes": trainer.accelerator.num_processes},
-        "prompt": trainer.first_prompts(1)[0],
+        "prompt": text_of(trainer.first_prompts(1)[0]),
+        "takes_image": trainer.flow.takes_image,
         "fused_loras": sorted(trainer.flow.pipeline.fused_loras),
         "undistilled_model": trainer.flow.undistilled_model,
         "distilled_model": trainer.flow.distilled_model,
         "transformer_class": None if trainer.has_adapter else type(trainer.flow.denoiser).__name__,
         "call_arguments": {
-            "height": trainer.height,
-            "width": trainer.width,
+            **trainer.flow.size_arguments(trainer.height, trainer.width),
             **trainer.flow.guidance_arguments(trainer.guidance_scale),
             "num_inference_steps": args.num_inference_steps,
             "max_sequence_length": trainer.flow.max_sequence_length,

@@ -115,7 +115,8 @@ class ChunkGRPOTrainer(OnlineTrainer):
         args ([`ChunkGRPOConfig`], *optional*):
             Settings.
         train_dataset (`datasets.Dataset` or `datasets.IterableDataset`):
-            Prompts, in a column "prompt". A stream needs `max_steps` and is trained in its own order.
+            Prompts, in a column "prompt", and for a model that edits images these, in a column "condition_image". A stream
+            needs `max_steps` and is trained in its own order.
         eval_dataset (`datasets.Dataset`, *optional*):
             Prompts of the evaluations.
         callbacks (`list[TrainerCallback]`, *optional*):

@@ -23,6 +23,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 
+from ..data.prompt_images import Prompt, prompt_of, prompts_in
 from ..data.sampler import GroupStream
 from ..evaluation import evaluation_share
 from ..models import Conditioning, FlowModel, Sampler, load_flow_model, open_prompt_store
@@ -33,10 +34,12 @@ from .base_config import DiffusionConfig
 logger = get_logger(__name__)
 
 
-def load_model(args: DiffusionConfig, model: str | DiffusionPipeline, full_fine_tuning: bool) -> FlowModel:
+def load_model(
+    args: DiffusionConfig, model: str | DiffusionPipeline, full_fine_tuning: bool, has_condition_image: bool
+) -> FlowModel:
     """The model of a pipeline, or of its id or path, in the dtype that it is trained in."""
     if isinstance(model, DiffusionPipeline):
-        flow = load_flow_model(model, negative_prompt=args.negative_prompt)
+        flow = load_flow_model(model, negative_prompt=args.negative_prompt, has_condition_image=has_condition_image)
     else:
         quantization = None if args.quantization is None else quantization_config(args.quantization)
         flow = load_flow_model(
@@ -45,6 +48,7 @@ def load_model(args: DiffusionConfig, model: str | DiffusionPipeline, full_fine_
             torch_dtype=torch.bfloat16 if args.bf16 and not full_fine_tuning else torch.float32,
             size=(args.height, args.width),
             negative_prompt=args.negative_prompt,
+            has_condition_image=has_condition_image,
             **({} if quantization is None else {"quantization_config": quantization}),
         )
     fused_loras = sorted(flow.pipeline.fused_loras)
@@ -62,7 +66,7 @@ def load_model(args: DiffusionConfig, model: str | DiffusionPipeline, full_fine_
 
 
 def make_sampler(
-    flow: FlowModel, args: DiffusionConfig, upcoming: Callable[[], Iterable[str]], **options: Any
+    flow: FlowModel, args: DiffusionConfig, upcoming: Callable[[], Iterable[Prompt]], **options: Any
 ) -> Sampler:
     """
     What samples by the settings.
@@ -99,8 +103,8 @@ def begin_conditioning(
     """Encode all prompts where they fit into one window, else those of the evaluations, where these do."""
     if isinstance(train_dataset, Dataset):
         datasets = [train_dataset] if eval_dataset is None else [eval_dataset, train_dataset]
-        prompts: dict[str, None] = {}
-        for prompt in itertools.chain.from_iterable(dataset["prompt"] for dataset in datasets):
+        prompts: dict[Prompt, None] = {}
+        for prompt in itertools.chain.from_iterable(map(prompts_in, datasets)):
             prompts[prompt] = None
             if len(prompts) > args.prompt_window:
                 break
@@ -109,6 +113,6 @@ def begin_conditioning(
             return
     if eval_dataset is not None:
         share = evaluation_share(args.num_eval_images, args.process_index, args.world_size)
-        prompts = dict.fromkeys(eval_dataset[index % len(eval_dataset)]["prompt"] for index in share)
+        prompts = dict.fromkeys(prompt_of(eval_dataset[index % len(eval_dataset)]) for index in share)
         if len(prompts) <= conditioning.window:
             conditioning.keep(prompts)

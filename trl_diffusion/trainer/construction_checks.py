@@ -25,7 +25,7 @@ from diffusers import DiffusionPipeline, attention_backend
 from diffusers.models import AttentionBackendName
 from peft import PeftConfig
 
-from ..data.prompts import check_prompts, column_names
+from ..data.prompts import CONDITION_IMAGE, check_prompts, column_names
 from ..hub import check_lora_config
 from ..models.quantization import check_quantization
 from ..rewards import Reward, check_reward
@@ -67,8 +67,24 @@ def check_datasets(args: DiffusionConfig, train_dataset: Any, eval_dataset: Any)
     check_prompts(train_dataset, "train_dataset", may_stream=True)
     if isinstance(train_dataset, IterableDataset):
         check_stream(args)
+    if CONDITION_IMAGE in column_names(train_dataset) and args.shards_weights:
+        for name in ("per_device_train_batch_size", "rollout_batch_size"):
+            # Images of different size go through the network one after the other.
+            if (vars(args)[name] or 1) > 1:
+                raise ValueError(
+                    f"{name}={vars(args)[name]} with a column {CONDITION_IMAGE!r} and ZeRO-3 or FSDP, which need equally many "
+                    "forwards on all processes; a batch whose images to edit differ in size takes several. Set "
+                    f"{name}=1 and raise gradient_accumulation_steps, or use multi_gpu, ZeRO-1 or ZeRO-2."
+                )
     if eval_dataset is not None:
         check_prompts(eval_dataset, "eval_dataset")
+        with_images = [CONDITION_IMAGE in column_names(dataset) for dataset in (train_dataset, eval_dataset)]
+        if with_images[0] != with_images[1]:
+            names = ("train_dataset", "eval_dataset") if with_images[0] else ("eval_dataset", "train_dataset")
+            raise ValueError(
+                f"{names[0]} has a column {CONDITION_IMAGE!r} and {names[1]} has none. Add the images to edit to both, or "
+                "to none."
+            )
     elif args.eval_strategy != "no":
         raise ValueError(
             f"eval_strategy is {args.eval_strategy.value!r}, but there is no eval_dataset. Pass one, with a column "

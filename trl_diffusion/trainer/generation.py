@@ -27,6 +27,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from typing_extensions import Self  # of Python 3.11
 
+from ..data.prompt_images import Prompt, from_json, to_json
+
 
 def shared() -> Any:
     """A field of a [`Generation`] that is the same for all images, JSON, and not one value an image."""
@@ -40,12 +42,13 @@ class Generation:
 
     A method adds fields in a subclass: tensors whose first dimension is the image, dictionaries of them whose keys are
     integers, lists of one text an image, and, by [`shared`], what is the same for all. Checkpoints hold all but the
-    columns, which the rows of the dataset give again.
+    columns and the images of prompts, which the rows of the dataset give again.
 
     Attributes:
         index (`list[int]` of length B): the place of each among the images of all processes, which does not depend on
             how many there are.
-        prompts (`list[str]` of length B): their prompts.
+        prompts (`list[Prompt]` of length B): their prompts, of an editing model with the images that they edit; what
+            the conditioning is asked for. Rewards take [`~trl_diffusion.data.prompt_images.texts_of`] them.
         clean (`torch.Tensor` of shape `(B, ...)`): latents at sigma 0.
         scores (`torch.Tensor` of shape `(B, R)`): of the rewards, NaN where one does not apply.
         advantages (`torch.Tensor` of shape `(B,)`): group-relative.
@@ -56,7 +59,7 @@ class Generation:
     """
 
     index: list[int]
-    prompts: list[str]
+    prompts: list[Prompt]
     clean: torch.Tensor
     scores: torch.Tensor
     advantages: torch.Tensor
@@ -91,7 +94,7 @@ class Generation:
             elif isinstance(value, torch.Tensor):
                 tensors[each.name] = value.contiguous()
             else:
-                lists[each.name] = value
+                lists[each.name] = to_json(value) if each.name == "prompts" else value
         metadata = {"rows": lists, "shared": {each.name: vars(self)[each.name] for each in _fields(self, shared=True)}}
         save_file(tensors, path, metadata={key: json.dumps(value) for key, value in metadata.items()})
 
@@ -151,6 +154,7 @@ class Generation:
                 values.setdefault(name, {})[int(key)] = value
             else:
                 values[name] = value
+        values["prompts"] = from_json(values["prompts"])
         return cls(**values)
 
 

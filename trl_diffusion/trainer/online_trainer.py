@@ -15,6 +15,7 @@
 """What the methods share that make images, compare those of a prompt by their rewards, and train on what was made."""
 
 import contextlib
+import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
@@ -26,6 +27,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
 
+from ..data.prompt_images import Prompt, prompt_of, texts_of
 from ..data.sampler import GroupSampler, GroupStream
 from ..flow import Trajectory
 from ..flow.sde import TransitionCoefficients
@@ -131,7 +133,7 @@ class OnlineTrainer(DiffusionTrainer):
         return self._micro_batches[position // self._images_per_micro_batch % self.args.steps_per_generation]
 
     def _prompts_of(self, inputs: Generation) -> list[str]:
-        return inputs.prompts
+        return texts_of(inputs.prompts)
 
     # ---- Generation ----
 
@@ -159,28 +161,29 @@ class OnlineTrainer(DiffusionTrainer):
             `ValueError`: no reward applies to any of the images.
         """
         args = self.args
-        prompts = [row["prompt"] for row in rows]
+        prompts = [prompt_of(row) for row in rows]
+        texts = texts_of(prompts)
         columns = self._column_reader.read(rows)
         with SideWork(args.device) if args.overlap_rewards else contextlib.nullcontext() as side_work:
             on_batch = None
             if side_work is not None:
                 # Processes agree on a failure at the end, in the main thread, where all of them are.
                 scorer = replace(self.scorer, agree=raise_failure)
-                on_batch = partial(side_work.submit, self._judge, prompts, columns, scorer, side_work.synchronize)
+                on_batch = partial(side_work.submit, self._judge, texts, columns, scorer, side_work.synchronize)
             with self.timed("rollout"), self.policies.use(policy), self._counted_forwards():
                 trajectory = self._rollout(prompts, index, transitions, keep, on_batch)
             if side_work is None:
-                judged = self._judge(prompts, columns, self.scorer, None, slice(None), trajectory.clean)
+                judged = self._judge(texts, columns, self.scorer, None, slice(None), trajectory.clean)
             else:
                 judged = self._judged_beside(side_work)
         images, scores, watched = judged
-        advantages = self._advantages(scores, watched, prompts, index)
+        advantages = self._advantages(scores, watched, texts, index)
         digests = self._gather_rows(picture_digests(images)).view(-1, args.num_generations)
         self._metrics["train"]["duplicate_images"].append(duplicate_share(digests).item())
         self._speed.images += len(prompts)
         names = [*self.rewards, *self.watched_rewards, "advantage"]
         values = torch.cat([scores, watched, advantages[:, None]], 1)
-        self._keep_samples(images, prompts, dict(zip(names, values.unbind(1), strict=True)))
+        self._keep_samples(images, texts, dict(zip(names, values.unbind(1), strict=True)))
         return self.generation_class(
             index=self._global_index(len(prompts)),
             prompts=prompts,
@@ -224,7 +227,7 @@ class OnlineTrainer(DiffusionTrainer):
 
     def _rollout(
         self,
-        prompts: list[str],
+        prompts: list[Prompt],
         generation: int,
         transitions: TransitionCoefficients | None,
         keep: Collection[int],
@@ -343,5 +346,11 @@ class OnlineTrainer(DiffusionTrainer):
         own = self._generation_file(folder, self.accelerator.process_index)
         paths = list(dict.fromkeys([own, *sorted(Path(folder).glob("generation_*.safetensors"))]))
         wanted = self._global_index(size * self.args.steps_per_generation)
-        self._micro_batches = self.generation_class.load(paths, wanted, self.args.device).split(size)
+        generation = self.generation_class.load(paths, wanted, self.args.device)
+        if self.flow.takes_image:
+            # The file has no images. The rows of the generation are the next ones.
+            upcoming = itertools.islice(self._upcoming_prompts(), len(wanted))
+            with_images = {prompt: prompt for prompt in upcoming}
+            generation.prompts = [with_images.get(prompt, prompt) for prompt in generation.prompts]
+        self._micro_batches = generation.split(size)
         self._columns_missing = True

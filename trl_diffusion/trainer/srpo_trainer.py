@@ -28,6 +28,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..data.images import ImageBuckets
+from ..data.prompt_images import Prompt, prompt_of, texts_of
 from ..data.prompts import column_names
 from ..data.sampler import BucketSampler, GroupStream
 from ..flow import direct_align_pass, interpolate
@@ -51,7 +52,7 @@ class CleanBatch:
     Clean images of B prompts, as latents, with the noise to align with.
 
     Attributes:
-        prompts (`list[str]` of length B): plain prompts.
+        prompts (`list[Prompt]` of length B): plain prompts, with the images that they edit.
         clean (`torch.Tensor` of shape `(B, ...)`): clean latents, float32.
         noise (`torch.Tensor` of shape `(B, ...)`): noise prior.
         sigmas (`torch.Tensor` of shape `(L, B)`): noise levels of the L landings.
@@ -60,7 +61,7 @@ class CleanBatch:
         fresh_noise (`list[torch.Tensor]`): noise of `"draft"`'s re-noisings.
     """
 
-    prompts: list[str]
+    prompts: list[Prompt]
     clean: torch.Tensor
     noise: torch.Tensor
     sigmas: torch.Tensor
@@ -97,7 +98,9 @@ class SRPOTrainer(DiffusionTrainer):
         args ([`SRPOConfig`], *optional*):
             Settings.
         train_dataset (`datasets.Dataset` or `datasets.IterableDataset`):
-            Prompts, in a column "prompt". A stream needs `max_steps` and is trained in its own order. With a column "image" (`datasets.Image`) the images replace the rollout.
+            Prompts, in a column "prompt", and for a model that edits images these, in a column "condition_image". A stream
+            needs `max_steps` and is trained in its own order. With a column "image" (`datasets.Image`) the images replace
+            the rollout.
         eval_dataset (`datasets.Dataset`, *optional*):
             Prompts of the evaluations.
         callbacks (`list[TrainerCallback]`, *optional*):
@@ -256,7 +259,7 @@ class SRPOTrainer(DiffusionTrainer):
 
     def _check_differentiable(self) -> None:
         """Refuse rewards that no gradient comes through, by asking them for one."""
-        (prompt,) = self.first_prompts(1)
+        (prompt,) = texts_of(self.first_prompts(1))
         # Coloured patches: some rewards are flat at noise.
         patches = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         patches = torch.nn.functional.interpolate(patches, size=(64, 64), mode="bilinear").to(self.args.device)
@@ -305,7 +308,7 @@ class SRPOTrainer(DiffusionTrainer):
             torch.rand(args.num_landings, generator=g, device=g.device) for g in self.generators(_LANDINGS, numbers)
         ]
         sigmas = low + (high - low) * torch.stack(uniform, 1)
-        prompts = [row["prompt"] for row in rows]
+        prompts = [prompt_of(row) for row in rows]
         offline = self.images is not None and (
             args.offline_steps is None or self.state.global_step < args.offline_steps
         )
@@ -315,7 +318,7 @@ class SRPOTrainer(DiffusionTrainer):
 
     @torch.no_grad()
     def _offline_batch(
-        self, rows: list[dict[str, Any]], prompts: list[str], numbers: list[int], sigmas: torch.Tensor
+        self, rows: list[dict[str, Any]], prompts: list[Prompt], numbers: list[int], sigmas: torch.Tensor
     ) -> CleanBatch:
         """Images of the dataset, encoded, with fresh noise."""
         size = self.images.size(rows[0], (self.height, self.width), self.flow.latent_downsample)
@@ -326,7 +329,7 @@ class SRPOTrainer(DiffusionTrainer):
         self._speed.images += len(rows)
         return CleanBatch(prompts, clean, noise, sigmas, {}, [])
 
-    def _online_batch(self, prompts: list[str], numbers: list[int], sigmas: torch.Tensor) -> CleanBatch:
+    def _online_batch(self, prompts: list[Prompt], numbers: list[int], sigmas: torch.Tensor) -> CleanBatch:
         """Images of the current policy, with the noise they were made from."""
         args = self.args
         initial = self.image_sampler.draw_noise(self.generators(_INITIAL_NOISE, numbers))
@@ -335,7 +338,7 @@ class SRPOTrainer(DiffusionTrainer):
             trajectory = self.rollout_sampler.rollout(prompts, initial, model, keep=steps)
         clean = trajectory.clean
         self._speed.images += len(prompts)
-        self._score_rollout(clean, prompts)
+        self._score_rollout(clean, texts_of(prompts))
 
         fresh_generators = self.generators(_FRESH_NOISE, numbers)
         noise = initial if args.noise_prior == "rollout" else self.randn(fresh_generators, clean)
@@ -430,15 +433,16 @@ class SRPOTrainer(DiffusionTrainer):
         """Loss of a pass, logged as `label`: the rewards' preference for the recovered images, mean over the batch."""
         args = self.args
         images = self.flow.decode(recovered)
+        prompts = texts_of(batch.prompts)
         discount = discount_at(
             sigma, args.sigma_range, args.denoise_discount if branch == "denoise" else args.inversion_discount
         )
         losses = recovered.new_zeros(len(recovered))
         values = {}
         for (name, reward), weight in zip(self.rewards.items(), self.reward_weights.tolist(), strict=True):
-            prompt_sets = self._reward_prompts(name, batch.prompts)
+            prompt_sets = self._reward_prompts(name, prompts)
             call = functools.partial(scores_of_prompt_sets, reward, images, prompt_sets)
-            positive, *negatives = self.scorer.call(name, batch.prompts, call)
+            positive, *negatives = self.scorer.call(name, prompts, call)
             negative = negatives[0] if negatives else None
             preference = relative_preference(positive, negative, discount, branch, args.preference)
             losses = losses + weight * preference_loss(preference, args.reward_threshold)
@@ -464,7 +468,7 @@ class SRPOTrainer(DiffusionTrainer):
         ]
 
     def _prompts_of(self, inputs: CleanBatch) -> list[str]:
-        return inputs.prompts
+        return texts_of(inputs.prompts)
 
     # ---- Resuming ----
 
