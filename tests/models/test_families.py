@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The definition of a supported family: the very latents and images of its own diffusers pipeline."""
+"""The definition of a supported family: the very latents and images, or videos, of its own diffusers pipeline."""
 
 import copy
 import inspect
@@ -32,6 +32,7 @@ from tiny_models import (
     tiny_qwen_image_pipeline,
     tiny_sana_pipeline,
     tiny_sd3_pipeline,
+    tiny_wan_pipeline,
     tiny_z_image_pipeline,
 )
 
@@ -46,6 +47,7 @@ from trl_diffusion.models import (
     Sampler,
     SanaFlowModel,
     SD3FlowModel,
+    WanFlowModel,
     ZImageFlowModel,
     load_flow_model,
 )
@@ -126,7 +128,23 @@ class Family:
     samples_images: bool = True  # whether images have a distribution of latents
     vae_block: Callable = lambda vae: vae.decoder.mid_block.resnets[0]
     frames: bool = False  # whether the VAE takes and gives videos
+    num_frames: int | None = None  # of the videos that the pipeline makes
     max_sequence_length: int = 16  # short, to be quick
+
+    @property
+    def shape(self):
+        """Of an image, or a video."""
+        frames = () if self.num_frames is None else (self.num_frames,)
+        return (*frames, 3, self.height, self.width)
+
+    def result(self, output):
+        """Images or videos of what the pipeline returns."""
+        return output.images if self.num_frames is None else output.frames
+
+    @property
+    def runs_of_vae_block(self):
+        """Each latent frame is decoded by itself."""
+        return 1 if self.num_frames is None else (self.num_frames - 1) // 4 + 1
 
 
 FLUX = {"build": tiny_flux_pipeline, "model_class": FluxFlowModel, "layout": packed}
@@ -223,6 +241,17 @@ Z_IMAGE_TURBO = {
     "takes_negative_prompt": False,
     "undistilled_model": "Tongyi-MAI/Z-Image",
 }
+WAN = {
+    "build": tiny_wan_pipeline,
+    "model_class": WanFlowModel,
+    "time": lambda sigma: 1000 * sigma,
+    "takes_negative_prompt": True,
+    "call": {"negative_prompt": ""},
+    "comfyui": False,
+    "frames": True,
+    "max_sequence_length": 48,
+}
+WAN_5B = {**WAN, "arguments": {"expand_timesteps": True}}
 
 FAMILIES = {
     "flux-dev": Family(**FLUX, guidance_scale=3.5, height=16, width=16),
@@ -259,12 +288,16 @@ FAMILIES = {
     "z-image-guided": Family(**Z_IMAGE, guidance_scale=5.0, height=16, width=24, num_steps=8),
     "z-image-guided-little": Family(**Z_IMAGE, guidance_scale=0.5, height=16, width=16),
     "z-image-turbo": Family(**Z_IMAGE_TURBO, guidance_scale=0.0, height=24, width=16, num_steps=4),
+    "wan": Family(**WAN, guidance_scale=1.0, height=16, width=32, num_frames=9),
+    "wan-guided-high": Family(**WAN, guidance_scale=5.0, height=32, width=16, num_frames=5),
+    "wan-guided-image": Family(**WAN, guidance_scale=5.0, height=16, width=32, num_frames=1),
+    "wan-5b-guided": Family(**WAN_5B, guidance_scale=5.0, height=32, width=64, num_frames=5),
 }
 # One row of each family, where the guidance and the size make no difference.
 ONE_OF_EACH = [
     "flux-dev", "flux-schnell", "sd3-guided", "qwen-image-guided", "flux2-dev", "flux2-klein-base-guided", "flux2-klein",
     "z-image-guided", "z-image-turbo",
-    "chroma-guided-wide", "sana-guided-wide", "krea2-raw-guided", "krea2-turbo",
+    "chroma-guided-wide", "sana-guided-wide", "krea2-raw-guided", "krea2-turbo", "wan-guided-high", "wan-5b-guided",
 ]  # fmt: skip
 
 
@@ -279,6 +312,8 @@ def family(request):
     flow_model = load_flow_model(row.build(**row.arguments))
     assert type(flow_model) is row.model_class
     flow_model.max_sequence_length = row.max_sequence_length
+    if row.num_frames is not None:
+        flow_model.default_num_frames = row.num_frames
     return flow_model, row.guidance_scale, row.height, row.width
 
 
@@ -296,7 +331,9 @@ def run_pipeline(row, flow_model, output_type="latent", num_inference_steps=None
     steps = row.num_steps if num_inference_steps is None else num_inference_steps
     if row.passes_sigmas:
         source["sigmas"] = flow_model.unshifted_sigmas(steps)
-    return flow_model.pipeline(
+    if row.num_frames is not None:
+        source["num_frames"] = row.num_frames
+    output = flow_model.pipeline(
         prompt=list(PROMPTS),  # some pipelines change the list
         height=row.height,
         width=row.width,
@@ -305,7 +342,8 @@ def run_pipeline(row, flow_model, output_type="latent", num_inference_steps=None
         output_type=output_type,
         **{row.guidance_argument: row.guidance_scale if guidance_scale is None else guidance_scale, **call},
         **source,
-    ).images
+    )
+    return row.result(output)
 
 
 def run_euler(flow_model, denoiser, latents, guidance_scale, height, width, num_steps=NUM_STEPS):
@@ -347,7 +385,7 @@ def test_rollout_and_image_are_those_of_the_pipeline(family, row):
     expected_latents = run_pipeline(row, flow_model, latents=noise)
     expected_images = run_pipeline(row, flow_model, "pt", latents=noise)
     assert latents.dtype == images.dtype == torch.float32
-    assert images.shape == (len(PROMPTS), 3, height, width)
+    assert images.shape == (len(PROMPTS), *row.shape)
     layout = row.answer_layout or row.layout
     packed_noise, packed_latents = (layout(flow_model.pipeline, tensor) for tensor in (noise, latents))
     assert (expected_latents - packed_noise).abs().max() > 0.1, (
@@ -407,7 +445,7 @@ def test_the_network_gets_the_exact_sigma(family, row):
         flow_model, lambda: flow_model.velocity(flow_model.denoiser, latents, sigma, conditioning, guidance_scale)
     )[row.inputs[1]]
     assert seen.dtype == torch.float32
-    assert torch.equal(seen, row.time(sigma).expand(len(seen)))
+    assert torch.equal(seen, row.time(sigma).expand(seen.shape))
 
 
 @torch.no_grad()
@@ -472,19 +510,25 @@ def test_the_network_gets_what_the_pipeline_gives_it(family, row):
 
 def test_encode_and_decode_invert_each_others_layout(family, row):
     flow_model, _, height, width = family
-    images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(2, *row.shape, generator=torch.Generator().manual_seed(0))
     latents = flow_model.encode_image(images)
     assert latents.dtype == torch.float32
     assert latents.shape == flow_model.draw_noise(2, height, width).shape
 
     # Truth: the VAE and the image processor of the pipeline, used by hand.
-    vae, processor = flow_model.vae, flow_model.pipeline.image_processor
+    is_video = row.num_frames is not None
+    vae = flow_model.vae
+    processor = flow_model.pipeline.video_processor if is_video else flow_model.pipeline.image_processor
     with torch.no_grad():
         pixels = processor.normalize(images)
-        encoded = vae.encode(pixels.unsqueeze(2) if row.frames else pixels)
+        if row.frames:
+            pixels = pixels.transpose(1, 2) if is_video else pixels.unsqueeze(2)
+        encoded = vae.encode(pixels)
         raw = encoded.latent_dist.mode() if row.samples_images else encoded.latent
         restored = vae.decode(raw).sample
-        expected = processor.denormalize(restored.squeeze(2) if row.frames else restored)
+        if row.frames:
+            restored = restored.transpose(1, 2) if is_video else restored.squeeze(2)
+        expected = processor.denormalize(restored)
         decoded = flow_model.decode(latents)
     torch.testing.assert_close(decoded, expected, rtol=0, atol=1e-5)
 
@@ -528,7 +572,7 @@ def test_vae_gradient_checkpointing_recomputes_and_gives_the_same_gradient(famil
     flow_model.enable_vae_gradient_checkpointing()
     actual, twice = gradient()
     assert not flow_model.vae.training
-    assert (once, twice) == (1, 2)
+    assert (once, twice) == (row.runs_of_vae_block, 2 * row.runs_of_vae_block)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
 
 
@@ -657,15 +701,17 @@ def test_free_text_encoders(family, row):
     # What sample images need still works: the pipeline, from embeddings.
     guided = guidance_scale > row.unguided_scale
     arguments = {name: tensor for name, tensor in conditioning.items() if guided or "neg" not in name}
-    images = flow_model.pipeline(
+    frames = {} if row.num_frames is None else {"num_frames": row.num_frames}
+    output = flow_model.pipeline(
         **row.embeddings(arguments),
+        **frames,
         **{row.guidance_argument: guidance_scale},
         height=height,
         width=width,
         num_inference_steps=2,
         output_type="pt",
-    ).images
-    assert images.shape == (2, 3, height, width)
+    )
+    assert row.result(output).shape == (2, *row.shape)
 
 
 @one_of_each

@@ -23,6 +23,7 @@ from .qwen_image import QwenImageFlowModel
 from .sampler import Sampler
 from .sana import SanaFlowModel
 from .sd3 import SD3FlowModel
+from .wan import WanFlowModel
 from .z_image import ZImageFlowModel
 
 
@@ -39,6 +40,7 @@ __all__ = [
     "SD3FlowModel",
     "Sampler",
     "SanaFlowModel",
+    "WanFlowModel",
     "ZImageFlowModel",
     "load_flow_model",
     "open_prompt_store",

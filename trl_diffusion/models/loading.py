@@ -43,6 +43,7 @@ from .passed import make_plain
 from .qwen_image import QwenImageFlowModel
 from .sana import SanaFlowModel
 from .sd3 import SD3FlowModel
+from .wan import WanFlowModel
 from .z_image import ZImageFlowModel
 
 
@@ -58,6 +59,7 @@ FLOW_MODELS: dict[str, type[FlowModel]] = {
         Flux2FlowModel,
         Flux2KleinFlowModel,
         ZImageFlowModel,
+        WanFlowModel,
     )
 }
 """The supported families: pipeline class name to [`FlowModel`]."""
@@ -106,12 +108,13 @@ def load_flow_model(
     torch_dtype: torch.dtype | None = None,
     size: tuple[int | None, int | None] = (None, None),
     negative_prompt: str | None = None,
+    num_frames: int | None = None,
     **kwargs: Any,
 ) -> FlowModel:
     """
     Make a [`FlowModel`] of a pipeline.
 
-    An unsupported family, a wrong path or an impossible size is refused before any weights load.
+    An unsupported family, a wrong path or an impossible size or number of frames is refused before any weights load.
 
     Args:
         model (`str`, `os.PathLike` or [`~diffusers.DiffusionPipeline`]):
@@ -123,6 +126,8 @@ def load_flow_model(
             Height and width in pixels that the model will be used at, to be checked; `None` is the model's default.
         negative_prompt (`str`, *optional*):
             What true guidance leads away from; the empty prompt if `None`.
+        num_frames (`int`, *optional*):
+            Frames of the videos that the model will be used for, to be checked; `None` is the model's default.
         **kwargs:
             Passed to the pipeline's `from_pretrained`, as `revision`, `variant` or `quantization_config`. Not for a
             loaded pipeline.
@@ -139,6 +144,7 @@ def load_flow_model(
             given = sorted(kwargs) + (["torch_dtype"] if torch_dtype is not None else [])
             raise ValueError(f"{given} only apply to a model that is still to be loaded, not to a loaded pipeline.")
         flow_model_class = _family_of(type(model).__name__, model)
+        flow_model_class.check_num_frames(num_frames)
         make_plain(model)
         model.scheduler = euler_of(model.scheduler)
         flow_model = flow_model_class(model)
@@ -147,7 +153,9 @@ def load_flow_model(
         return flow_model
     if model == "shapes":
         # FluxPipeline takes 128 latents a side for its default whatever it loads; this one draws smaller pictures.
-        flow_model = load_flow_model(shapes.pipeline_path(), torch_dtype, negative_prompt=negative_prompt, **kwargs)
+        flow_model = load_flow_model(
+            shapes.pipeline_path(), torch_dtype, negative_prompt=negative_prompt, num_frames=num_frames, **kwargs
+        )
         flow_model.pipeline.default_sample_size = shapes.IMAGE_SIZE // flow_model.pipeline.vae_scale_factor
         return flow_model
     hub_arguments = {"revision", "token", "cache_dir", "local_files_only", "force_download", "proxies"}
@@ -167,6 +175,8 @@ def load_flow_model(
             f"Supported: {', '.join(FLOW_MODELS)}."
         ) from error
     flow_model_class = _family_of(config.get("_class_name"), model)
+    flow_model_class.check_pipeline(config)
+    flow_model_class.check_num_frames(num_frames)
     if size != (None, None):
         vae_config = AutoencoderKL.load_config(model, subfolder="vae", **hub_kwargs)
         multiple = flow_model_class.vae_downsample(vae_config) * flow_model_class.patch_size
