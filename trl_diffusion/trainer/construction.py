@@ -36,7 +36,7 @@ logger = get_logger(__name__)
 def load_model(args: DiffusionConfig, model: str | DiffusionPipeline, full_fine_tuning: bool) -> FlowModel:
     """The model of a pipeline, or of its id or path, in the dtype that it is trained in."""
     if isinstance(model, DiffusionPipeline):
-        flow = load_flow_model(model, negative_prompt=args.negative_prompt)
+        flow = load_flow_model(model, negative_prompt=args.negative_prompt, num_frames=args.num_frames)
     else:
         quantization = None if args.quantization is None else quantization_config(args.quantization)
         flow = load_flow_model(
@@ -45,6 +45,7 @@ def load_model(args: DiffusionConfig, model: str | DiffusionPipeline, full_fine_
             torch_dtype=torch.bfloat16 if args.bf16 and not full_fine_tuning else torch.float32,
             size=(args.height, args.width),
             negative_prompt=args.negative_prompt,
+            num_frames=args.num_frames,
             **({} if quantization is None else {"quantization_config": quantization}),
         )
     fused_loras = sorted(flow.pipeline.fused_loras)
@@ -84,6 +85,7 @@ def make_sampler(
         args.guidance_scale,
         args.sigma_shift,
         conditioning,
+        args.num_frames,
         batch_size=args.rollout_batch_size or args.per_device_train_batch_size,
         generator_device=args.device,
         **options,

@@ -153,7 +153,7 @@ def picture_digests(images: torch.Tensor) -> torch.Tensor:
     One number for each image, the same for those that are the same picture of 8 bits a channel.
 
     Args:
-        images (`torch.Tensor` of shape `(B, 3, H, W)`): in [0, 1].
+        images (`torch.Tensor` of shape `(B, 3, H, W)`, of videos `(B, F, 3, H, W)`): in [0, 1].
 
     Returns:
         `torch.Tensor` of shape `(B,)`, int64, on the device of the images.
