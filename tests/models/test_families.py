@@ -137,9 +137,13 @@ class Family:
         frames = () if self.num_frames is None else (self.num_frames,)
         return (*frames, 3, self.height, self.width)
 
+    @property
+    def results(self):
+        """The name of images or videos in what the pipeline returns."""
+        return "images" if self.num_frames is None else "frames"
+
     def result(self, output):
-        """Images or videos of what the pipeline returns."""
-        return output.images if self.num_frames is None else output.frames
+        return getattr(output, self.results)
 
     @property
     def runs_of_vae_block(self):
@@ -248,10 +252,21 @@ WAN = {
     "takes_negative_prompt": True,
     "call": {"negative_prompt": ""},
     "comfyui": False,
+    "card": {
+        "video = pipe(\n": "pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)\nvideo = pipe(\n",
+        'export_to_video(video, "video.mp4", fps=16)': "",  # with a package that is not needed here
+    },
     "frames": True,
     "max_sequence_length": 48,
 }
-WAN_5B = {**WAN, "arguments": {"expand_timesteps": True}}
+WAN_5B = {
+    **WAN,
+    "arguments": {"expand_timesteps": True},
+    "card": {
+        **WAN["card"],
+        "video = pipe(\n": "pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)\nvideo = pipe(\n",
+    },
+}
 
 FAMILIES = {
     "flux-dev": Family(**FLUX, guidance_scale=3.5, height=16, width=16),
