@@ -251,7 +251,6 @@ WAN = {
     "time": lambda sigma: 1000 * sigma,
     "takes_negative_prompt": True,
     "call": {"negative_prompt": ""},
-    "comfyui": False,
     "card": {
         "video = pipe(\n": "pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)\nvideo = pipe(\n",
         'export_to_video(video, "video.mp4", fps=16)': "",  # with a package that is not needed here

@@ -26,6 +26,7 @@ from tiny_models import (
     tiny_qwen_image_pipeline,
     tiny_sana_pipeline,
     tiny_sd3_pipeline,
+    tiny_wan_pipeline,
     tiny_z_image_pipeline,
 )
 
@@ -42,6 +43,7 @@ PIPELINES = {
     "chroma": tiny_chroma_pipeline,
     "sana": tiny_sana_pipeline,
     "krea2": tiny_krea2_pipeline,
+    "wan": tiny_wan_pipeline,
 }
 
 

@@ -25,6 +25,7 @@ from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 
 from ..data.images import ImageBuckets
@@ -33,7 +34,7 @@ from ..data.sampler import BucketSampler, GroupStream
 from ..flow import direct_align_pass, interpolate
 from ..objectives import discount_at, preference_loss, relative_preference
 from ..rewards import Reward, RewardModel, TwoTowerReward, VideoRewardModel, is_differentiable, usual_range
-from ..rewards.frames import reduce_frames, scored_frames
+from ..rewards.frames import FRAMES_TOGETHER, reduce_frames, scored_frames
 from ..runtime.term_trainer import LossTerm
 from .base_trainer import DiffusionTrainer
 from .callbacks import RewardHackingCallback
@@ -551,13 +552,29 @@ def scores_of_prompt_sets(
     [`~trl_diffusion.rewards.frames.reduce_frames`].
     """
     if images.ndim == 5 and not isinstance(reward, VideoRewardModel):
-        frames = scored_frames(images, frame_reduction)
-        num = frames.shape[1]
-        sets = [[prompt for prompt in prompts for _ in range(num)] for prompts in prompt_sets]
-        scores = scores_of_prompt_sets(reward, frames.flatten(0, 1), sets)
-        return [reduce_frames(each.view(-1, num), frame_reduction) for each in scores]
+        return _scores_of_frames(reward, images, prompt_sets, frame_reduction)
     if isinstance(reward, TwoTowerReward):
         features = reward.encode_images(images)
         return [reward.score_features(features, reward.encode_texts(prompts)) for prompts in prompt_sets]
     # A column (B, 1) would be broadcast against the discounts (B,).
     return [reward.score(images, prompts).reshape(len(images)) for prompts in prompt_sets]
+
+
+def _scores_of_frames(
+    reward: RewardModel, videos: torch.Tensor, prompt_sets: list[list[str]], reduction: str
+) -> list[torch.Tensor]:
+    """As [`scores_of_prompt_sets`], by a reward of images."""
+    frames = scored_frames(videos, reduction)
+    num = frames.shape[1]
+    frames = frames.flatten(0, 1)
+    prompt_sets = [[prompt for prompt in prompts for _ in range(num)] for prompts in prompt_sets]
+    parts = []
+    for start in range(0, len(frames), FRAMES_TOGETHER):
+        rows = slice(start, start + FRAMES_TOGETHER)
+        arguments = reward, frames[rows], [prompts[rows] for prompts in prompt_sets]
+        if len(frames) <= FRAMES_TOGETHER:
+            parts.append(scores_of_prompt_sets(*arguments))
+        else:
+            # A video has many frames: those of one slice alone are in the reward at a time, also in the backward pass.
+            parts.append(checkpoint(scores_of_prompt_sets, *arguments, use_reentrant=False))
+    return [reduce_frames(torch.cat(scores).view(-1, num), reduction) for scores in zip(*parts, strict=True)]
