@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 
 FRAMES_PER_SECOND = 16  # as Wan's
@@ -42,8 +42,10 @@ def save_video(
         file (`Path` or `BinaryIO`): where to write; the format is WebP whatever the name.
         lossless (`bool`, *optional*, defaults to `False`): keep the very pixels, for several times the size.
         quality (`int`, *optional*, defaults to `90`): from 0 to 100, where pixels may change.
-        milliseconds (`int`, *optional*): that a frame is shown.
+        milliseconds (`int`, *optional*): that a frame is shown; [`load_video`] reads files with the default.
     """
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = str(len(frames))
     frames[0].save(
         file,
         "WEBP",
@@ -51,6 +53,7 @@ def save_video(
         append_images=list(frames[1:]),
         duration=milliseconds,
         loop=0,
+        exif=exif,
         lossless=lossless,
         # Of a lossless picture it is the effort, and the smallest is quick.
         quality=0 if lossless else quality,
@@ -62,10 +65,12 @@ def load_video(path: Path) -> list[Image.Image]:
     """The frames of a file of [`save_video`], RGB. Equal ones in a row are one in the file, shown for longer."""
     frames = []
     with Image.open(path) as picture:
+        if picture.n_frames == 1:  # a still picture, of which the format keeps no time
+            return [picture.convert("RGB")] * int(picture.getexif()[ExifTags.Base.ImageDescription])
         for index in range(picture.n_frames):
             picture.seek(index)
             frame = picture.convert("RGB")
-            frames += [frame] * max(1, round(picture.info.get("duration", 0) / MILLISECONDS))
+            frames += [frame] * round(picture.info["duration"] / MILLISECONDS)
     return frames
 
 
