@@ -510,8 +510,9 @@ class SRPOTrainer(DiffusionTrainer):
                     for start in range(0, len(prompts), self.scorer.batch_size):
                         part = slice(start, start + self.scorer.batch_size)
                         sets = [prompts_[part] for prompts_ in prompt_sets]
+                        images_of_part = images[part].to(self.scorer.device)
                         call = functools.partial(
-                            scores_of_prompt_sets, reward, images[part], sets, args.frame_reduction
+                            scores_of_prompt_sets, reward, images_of_part, sets, args.frame_reduction
                         )
                         parts = self.scorer.call(name, prompts[part], call)
                         objective[part] += sign * weight * torch.stack(parts).mean(0)
