@@ -42,7 +42,8 @@ class DiffusionConfig(TrainingArguments):
     r"""
     Base of the trainers' configurations: [`~transformers.TrainingArguments`] plus what sampling images needs.
 
-    `per_device_train_batch_size` counts images, and `gradient_accumulation_steps` micro-batches of images.
+    `per_device_train_batch_size` counts images, and `gradient_accumulation_steps` micro-batches of images. Of models that make
+    videos, what is said of images here is said of videos.
 
     Parameters:
         > Parameters that control sampling
