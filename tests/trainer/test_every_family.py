@@ -194,6 +194,7 @@ def test_generate_and_evaluate(run, tmp_path, monkeypatch):
             drawn = np.stack(load_video(tmp_path / "images" / f"{index:05d}.webp")).astype(float) / 255
         assert drawn.shape[:-3] == image.shape[:-3]
         assert np.abs(drawn - image.movedim(-3, -1).numpy()).max() < 0.6 / 255
+    assert (tmp_path / "images" / "grid.png").is_file()
     (tmp_path / "my_reward.py").write_text(REWARD)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))

@@ -30,6 +30,9 @@ from .parser import CommandParser
 from .sampling import SamplingArguments, save_image, write_metadata
 
 
+SHEET_SIDE = 1280  # pixels of the longer side of a video's frames in the grid, at most
+
+
 @dataclass(kw_only=True)
 class GenerateArguments(SamplingArguments):
     """
@@ -109,7 +112,10 @@ def main(arguments: Sequence[str]) -> int:
                 index = len(images)
                 file = save_image(image, folder / f"{index:05d}.png")
                 records.append({"file_name": file.name, "prompt": prompts[index], "seed": seeds[index]})
-                images.append(contact_sheet(image) if isinstance(image, list) else image)
+                if isinstance(image, list):
+                    image = contact_sheet(image)
+                    image.thumbnail((SHEET_SIDE, SHEET_SIDE))  # of many videos they are all in the grid
+                images.append(image)
             progress.update(len(batch))
     write_metadata(folder, records)
     # One prompt a row, or for one image a prompt as near to a square as possible.

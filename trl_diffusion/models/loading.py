@@ -93,7 +93,8 @@ def euler_of(scheduler: SchedulerMixin) -> SchedulerMixin:
 
     The sigmas are those of the published scheduler but for its smallest unshifted one, 1 / 1000, which Euler's has not:
     before the shift, with T steps, Euler's k-th is 1 - k / T, that of DPM-Solver++ 0.999 (1 - k / T), and that of UniPC
-    1 - 0.999 k / T. Nor are times rounded to integers.
+    1 - 0.999 k / T. Nor are times rounded to integers. (Where a pipeline passes no sigmas to its scheduler, as Wan's, Euler's
+    own go from 1 to its smallest in equal steps.)
     """
     config = scheduler.config
     if not isinstance(scheduler, DPMSolverMultistepScheduler | UniPCMultistepScheduler):
