@@ -171,8 +171,12 @@ def test_comfyui_file_of_wan_is_the_same_adapter_for_diffusers(tmp_path):
     assert (base - aligned).abs().max() > 1e-2
 
 
-def test_layers_of_wan_whose_names_in_comfyui_are_not_known_are_refused(tmp_path):
+@pytest.mark.parametrize("with_metadata", [True, False])
+def test_layers_of_wan_whose_names_in_comfyui_are_not_known_are_refused(tmp_path, with_metadata):
     save_trained(tmp_path, "wan", target_modules=["to_q", "proj_out"])
+    if not with_metadata:
+        file = tmp_path / "pytorch_lora_weights.safetensors"
+        save_file(load_file(file), file)
     with pytest.raises(ValueError, match="the layer 'proj_out' of a WanTransformer3DModel, whose name in ComfyUI"):
         export_comfyui(tmp_path, tmp_path / "lora.safetensors")
     assert not (tmp_path / "lora.safetensors").exists()

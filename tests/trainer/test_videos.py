@@ -141,6 +141,21 @@ def test_the_card_of_images_says_nothing_of_frames(tmp_path):
     assert "frame" not in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
+def test_a_run_resumes_within_a_generation_to_the_same_weights(tmp_path):
+    def trained(folder, **changes):
+        trainer = grpo(
+            folder, [Brightness(), longest], max_steps=3, steps_per_generation=4, gradient_accumulation_steps=1,
+            rollout_batch_size=2, overlap_rewards=True, log_samples=False, save_strategy="steps", save_steps=1,
+            dataset=Dataset.from_dict({"prompt": [*PROMPTS, "rain", "a fish"]}),
+        )  # fmt: skip
+        trainer.train(**changes)
+        return {name: weight.clone() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+
+    whole = trained(tmp_path / "whole")
+    resumed = trained(tmp_path / "resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 def test_an_evaluation_compares_videos(tmp_path):
     trainer = grpo(tmp_path, Brightness(), num_eval_images=3)
     scores = trainer.evaluate(Dataset.from_dict({"prompt": PROMPTS}))

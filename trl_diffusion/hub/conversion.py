@@ -61,6 +61,7 @@ COMFYUI_NAMES = {
 }
 # Networks of which it knows no layer by diffusers' names.
 COMFYUI_OWN_NAMES = ("WanTransformer3DModel",)
+OWN_BLOCKS = "diffusion_model.blocks."
 
 
 def find_adapter(adapter: str | os.PathLike) -> Path:
@@ -252,12 +253,14 @@ def export_comfyui(adapter: str | os.PathLike, output: str | os.PathLike) -> Non
                     f"{str(adapter)!r} holds {key!r}, which is no LoRA matrix of a transformer in diffusers' format."
                 )
             tensors[key] = file.get_tensor(key)
+    # A file without metadata tells its network by what it has layers of.
+    own_names = network in COMFYUI_OWN_NAMES or any(_comfyui_name(key).startswith(OWN_BLOCKS) for key in tensors)
     for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
         layer = key.removesuffix(".lora_A.weight")
-        if network in COMFYUI_OWN_NAMES and _comfyui_name(key) == key:
+        if own_names and _comfyui_name(key) == key:
             raise ValueError(
-                f"{str(adapter)!r} has the layer {layer.removeprefix(PREFIX)!r} of a {network}, whose name in ComfyUI is not "
-                "known here. Known are the attention and feed-forward layers of its blocks: train those, or merge the "
+                f"{str(adapter)!r} has the layer {layer.removeprefix(PREFIX)!r} of a {COMFYUI_OWN_NAMES[0]}, whose name in "
+                "ComfyUI is not known here. Known are the attention and feed-forward layers of its blocks: train those, or merge the "
                 "adapter with its base model."
             )
         alpha = _alpha(config, layer.removeprefix(PREFIX), rank=tensors[key].shape[0])
