@@ -28,6 +28,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     ChromaPipeline,
     ChromaTransformer2DModel,
     DiffusionPipeline,
@@ -49,6 +50,9 @@ from diffusers import (
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -81,6 +85,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
@@ -798,4 +804,58 @@ def tiny_z_image_pipeline(shift: float = 6.0, seed: int = 0) -> ZImagePipeline:
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         transformer=transformer,
+    )
+
+
+def tiny_wan_pipeline(seed: int = 0, expand_timesteps: bool = False) -> WanPipeline:
+    """A Wan pipeline in small, with the published scheduler, float32, on the CPU. The VAE's factors are the real ones.
+
+    Args:
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights. The global generator is left as it was.
+        expand_timesteps (`bool`, *optional*, defaults to `False`):
+            `False` for the likeness of Wan 2.1, `True` for that of Wan2.2-TI2V-5B, whose VAE is another.
+    """
+    tokenizer = t5_tokenizer()
+    residual = {
+        "is_residual": True,
+        "patch_size": 2,
+        "in_channels": 12,
+        "out_channels": 12,
+        "scale_factor_spatial": 16,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = WanTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=12,
+            num_attention_heads=2,
+            text_dim=32,
+            freq_dim=32,
+            ffn_dim=48,
+        )
+        text_encoder = UMT5EncoderModel(
+            UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+        )
+        vae = AutoencoderKLWan(
+            base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            latents_mean=[-0.7571, -0.7089, 0.1075, 0.9653],
+            latents_std=[2.8184, 1.4541, 2.3275, 1.2196],
+            **(residual if expand_timesteps else {}),
+        )
+    return _ready(
+        WanPipeline,
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0 if expand_timesteps else 3.0
+        ),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+        expand_timesteps=expand_timesteps,
     )

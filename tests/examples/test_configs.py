@@ -48,10 +48,13 @@ MODELS = {
     "krea2": "krea/Krea-2-Raw",
     "flux-kontext": "black-forest-labs/FLUX.1-Kontext-dev",
     "sana": "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers",
+    "wan": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
 }
 
 # Of an image on 80 GB, where not that of the others.
 SIDE = {"sana": 1024}
+# Of videos, on every card.
+FRAMES = {("chunk_grpo", "80gb"): 81, ("chunk_grpo", "24gb"): 33, ("srpo", "80gb"): 33, ("srpo", "24gb"): 5}
 
 
 def named(path):
@@ -95,7 +98,11 @@ def test_the_command_line_takes_it(path):
     # A LoRA on one card, with its own learning rate; all weights with the papers'.
     assert script_args.use_peft is (place != "paper")
     assert (config.learning_rate >= 1e-4) is (place != "paper")
-    assert (config.height, config.width) == ((512, 512) if place == "24gb" else (SIDE.get(family, 720),) * 2)
+    if family == "wan":
+        assert (config.height, config.width, config.num_frames) == (480, 832, FRAMES[method, place])
+    else:
+        assert (config.height, config.width) == ((512, 512) if place == "24gb" else (SIDE.get(family, 720),) * 2)
+        assert config.num_frames is None
     if method == "srpo":
         processes = 8 if place == "paper" else 1
         assert config.per_device_train_batch_size * config.gradient_accumulation_steps * processes == 32

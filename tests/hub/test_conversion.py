@@ -16,7 +16,7 @@ import itertools
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline
+from diffusers import DiffusionPipeline, FluxPipeline, WanPipeline
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
@@ -26,6 +26,7 @@ from tiny_models import (
     tiny_flux_pipeline,
     tiny_qwen_image_pipeline,
     tiny_sd3_pipeline,
+    tiny_wan_pipeline,
     tiny_z_image_pipeline,
 )
 
@@ -41,6 +42,7 @@ PIPELINES = {
     "qwen-image": tiny_qwen_image_pipeline,
     "flux2": tiny_flux2_klein_pipeline,
     "z-image": tiny_z_image_pipeline,
+    "wan": tiny_wan_pipeline,
 }
 CONFIGS = {
     "alpha differs from r": {"r": 4, "lora_alpha": 12},
@@ -50,10 +52,12 @@ CONFIGS = {
 
 
 def draw(pipeline):
-    return pipeline(
+    is_video = isinstance(pipeline, WanPipeline)
+    output = pipeline(
         prompt="a cat", height=32, width=32, num_inference_steps=3, generator=torch.Generator().manual_seed(1),
-        max_sequence_length=16, output_type="pt",
-    ).images  # fmt: skip
+        max_sequence_length=16, output_type="pt", **({"num_frames": 5} if is_video else {}),
+    )  # fmt: skip
+    return output.frames if is_video else output.images
 
 
 def save_trained(folder, family="flux", **config):
@@ -151,6 +155,31 @@ def test_comfyui_knows_the_single_blocks_of_flux2_by_its_own_names(tmp_path):
         "diffusion_model.single_blocks.1.linear1",
         "diffusion_model.single_blocks.1.linear2",
     }
+
+
+def test_comfyui_file_of_wan_is_the_same_adapter_for_diffusers(tmp_path):
+    """Which knows the names of Wan's own code too."""
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+    aligned, _ = save_trained(tmp_path / "adapter", "wan", target_modules=targets)
+    export_comfyui(tmp_path / "adapter", tmp_path / "comfyui" / "lora.safetensors")
+    names = list(load_file(tmp_path / "comfyui" / "lora.safetensors"))
+    assert len(names) == 3 * 2 * (4 + 4 + 2) and all(name.startswith("diffusion_model.blocks.") for name in names)
+    pipeline = tiny_wan_pipeline(seed=0)
+    base = draw(pipeline)
+    pipeline.load_lora_weights(str(tmp_path / "comfyui"), weight_name="lora.safetensors")
+    torch.testing.assert_close(draw(pipeline), aligned, rtol=0, atol=2e-5)
+    assert (base - aligned).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("with_metadata", [True, False])
+def test_layers_of_wan_whose_names_in_comfyui_are_not_known_are_refused(tmp_path, with_metadata):
+    save_trained(tmp_path, "wan", target_modules=["to_q", "proj_out"])
+    if not with_metadata:
+        file = tmp_path / "pytorch_lora_weights.safetensors"
+        save_file(load_file(file), file)
+    with pytest.raises(ValueError, match="the layer 'proj_out' of a WanTransformer3DModel, whose name in ComfyUI"):
+        export_comfyui(tmp_path, tmp_path / "lora.safetensors")
+    assert not (tmp_path / "lora.safetensors").exists()
 
 
 def test_networks_that_comfyui_does_not_know_are_refused_by_name(tmp_path):

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The definition of a supported family: the very latents and images of its own diffusers pipeline."""
+"""The definition of a supported family: the very latents and images, or videos, of its own diffusers pipeline."""
 
 import copy
 import inspect
@@ -36,6 +36,7 @@ from tiny_models import (
     tiny_qwen_image_pipeline,
     tiny_sana_pipeline,
     tiny_sd3_pipeline,
+    tiny_wan_pipeline,
     tiny_z_image_pipeline,
 )
 
@@ -54,6 +55,7 @@ from trl_diffusion.models import (
     Sampler,
     SanaFlowModel,
     SD3FlowModel,
+    WanFlowModel,
     ZImageFlowModel,
     load_flow_model,
 )
@@ -154,8 +156,28 @@ class Family:
     samples_images: bool = True  # whether images have a distribution of latents
     vae_block: Callable = lambda vae: vae.decoder.mid_block.resnets[0]
     frames: bool = False  # whether the VAE takes and gives videos
+    num_frames: int | None = None  # of the videos that the pipeline makes
     max_sequence_length: int = 16  # short, to be quick
     size_call: Callable = lambda height, width: {"height": height, "width": width}
+
+    @property
+    def shape(self):
+        """Of an image, or a video."""
+        frames = () if self.num_frames is None else (self.num_frames,)
+        return (*frames, 3, self.height, self.width)
+
+    @property
+    def results(self):
+        """The name of images or videos in what the pipeline returns."""
+        return "images" if self.num_frames is None else "frames"
+
+    def result(self, output):
+        return getattr(output, self.results)
+
+    @property
+    def runs_of_vae_block(self):
+        """Each latent frame is decoded by itself."""
+        return 1 if self.num_frames is None else (self.num_frames - 1) // 4 + 1
 
 
 FLUX = {"build": tiny_flux_pipeline, "model_class": FluxFlowModel, "layout": packed}
@@ -268,6 +290,27 @@ QWEN_IMAGE_EDIT = {
     "build": tiny_qwen_image_edit_pipeline,
     "model_class": QwenImageEditFlowModel,
 }
+WAN = {
+    "build": tiny_wan_pipeline,
+    "model_class": WanFlowModel,
+    "time": lambda sigma: 1000 * sigma,
+    "takes_negative_prompt": True,
+    "call": {"negative_prompt": ""},
+    "card": {
+        "video = pipe(\n": "pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)\nvideo = pipe(\n",
+        'export_to_video(video, "video.mp4", fps=16)': "",  # with a package that is not needed here
+    },
+    "frames": True,
+    "max_sequence_length": 48,
+}
+WAN_5B = {
+    **WAN,
+    "arguments": {"expand_timesteps": True},
+    "card": {
+        **WAN["card"],
+        "video = pipe(\n": "pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)\nvideo = pipe(\n",
+    },
+}
 
 FAMILIES = {
     "flux-dev": Family(**FLUX, guidance_scale=3.5, height=16, width=16),
@@ -315,13 +358,17 @@ FAMILIES = {
         **QWEN_IMAGE_EDIT_PLUS, guidance_scale=4.0, height=24, width=16, arguments={"zero_cond_t": True}
     ),
     "qwen-image-edit": Family(**QWEN_IMAGE_EDIT, guidance_scale=4.0, height=24, width=16),
+    "wan": Family(**WAN, guidance_scale=1.0, height=16, width=32, num_frames=9),
+    "wan-guided-high": Family(**WAN, guidance_scale=5.0, height=32, width=16, num_frames=5),
+    "wan-guided-image": Family(**WAN, guidance_scale=5.0, height=16, width=32, num_frames=1),
+    "wan-5b-guided": Family(**WAN_5B, guidance_scale=5.0, height=32, width=64, num_frames=5),
 }
 # One row of each family, where the guidance and the size make no difference.
 ONE_OF_EACH = [
     "flux-dev", "flux-schnell", "sd3-guided", "qwen-image-guided", "flux2-dev", "flux2-klein-base-guided", "flux2-klein",
     "z-image-guided", "z-image-turbo",
     "chroma-guided-wide", "sana-guided-wide", "krea2-raw-guided", "krea2-turbo", "flux-kontext",
-    "qwen-image-edit-plus-guided",
+    "qwen-image-edit-plus-guided", "wan-guided-high", "wan-5b-guided",
 ]  # fmt: skip
 
 
@@ -336,6 +383,8 @@ def family(request):
     flow_model = load_flow_model(row.build(**row.arguments))
     assert type(flow_model) is row.model_class
     flow_model.max_sequence_length = row.max_sequence_length
+    if row.num_frames is not None:
+        flow_model.default_num_frames = row.num_frames
     return flow_model, row.guidance_scale, row.height, row.width
 
 
@@ -355,7 +404,9 @@ def run_pipeline(row, flow_model, output_type="latent", num_inference_steps=None
         call = row.call
         if "negative_prompt" in call:  # some pipelines want as many as prompts
             call = {**call, "negative_prompt": [call["negative_prompt"]] * len(prompts)}
-        return flow_model.pipeline(
+        if row.num_frames is not None:
+            source["num_frames"] = row.num_frames
+        output = flow_model.pipeline(
             prompt=list(prompts),  # some pipelines change the list
             **row.size_call(row.height, row.width),
             num_inference_steps=steps,
@@ -363,7 +414,8 @@ def run_pipeline(row, flow_model, output_type="latent", num_inference_steps=None
             output_type=output_type,
             **{row.guidance_argument: row.guidance_scale if guidance_scale is None else guidance_scale, **call},
             **source,
-        ).images
+        )
+        return row.result(output)
 
     if not flow_model.takes_image:
         return run(PROMPTS, **source)
@@ -414,7 +466,7 @@ def test_rollout_and_image_are_those_of_the_pipeline(family, row):
     expected_latents = run_pipeline(row, flow_model, latents=noise)
     expected_images = run_pipeline(row, flow_model, "pt", latents=noise)
     assert latents.dtype == images.dtype == torch.float32
-    assert images.shape == (len(PROMPTS), 3, height, width)
+    assert images.shape == (len(PROMPTS), *row.shape)
     layout = row.answer_layout or row.layout
     packed_noise, packed_latents = (layout(flow_model.pipeline, tensor) for tensor in (noise, latents))
     assert (expected_latents - packed_noise).abs().max() > 0.1, (
@@ -474,7 +526,7 @@ def test_the_network_gets_the_exact_sigma(family, row):
         flow_model, lambda: flow_model.velocity(flow_model.denoiser, latents, sigma, conditioning, guidance_scale)
     )[row.inputs[1]]
     assert seen.dtype == torch.float32
-    assert torch.equal(seen, row.time(sigma).expand(len(seen)))
+    assert torch.equal(seen, row.time(sigma).expand(seen.shape))
 
 
 @torch.no_grad()
@@ -544,19 +596,25 @@ def test_the_network_gets_what_the_pipeline_gives_it(family, row):
 
 def test_encode_and_decode_invert_each_others_layout(family, row):
     flow_model, _, height, width = family
-    images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(2, *row.shape, generator=torch.Generator().manual_seed(0))
     latents = flow_model.encode_image(images)
     assert latents.dtype == torch.float32
     assert latents.shape == flow_model.draw_noise(2, height, width).shape
 
     # Truth: the VAE and the image processor of the pipeline, used by hand.
-    vae, processor = flow_model.vae, flow_model.pipeline.image_processor
+    is_video = row.num_frames is not None
+    vae = flow_model.vae
+    processor = flow_model.pipeline.video_processor if is_video else flow_model.pipeline.image_processor
     with torch.no_grad():
         pixels = processor.normalize(images)
-        encoded = vae.encode(pixels.unsqueeze(2) if row.frames else pixels)
+        if row.frames:
+            pixels = pixels.transpose(1, 2) if is_video else pixels.unsqueeze(2)
+        encoded = vae.encode(pixels)
         raw = encoded.latent_dist.mode() if row.samples_images else encoded.latent
         restored = vae.decode(raw).sample
-        expected = processor.denormalize(restored.squeeze(2) if row.frames else restored)
+        if row.frames:
+            restored = restored.transpose(1, 2) if is_video else restored.squeeze(2)
+        expected = processor.denormalize(restored)
         decoded = flow_model.decode(latents)
     torch.testing.assert_close(decoded, expected, rtol=0, atol=1e-5)
 
@@ -600,7 +658,7 @@ def test_vae_gradient_checkpointing_recomputes_and_gives_the_same_gradient(famil
     flow_model.enable_vae_gradient_checkpointing()
     actual, twice = gradient()
     assert not flow_model.vae.training
-    assert (once, twice) == (1, 2)
+    assert (once, twice) == (row.runs_of_vae_block, 2 * row.runs_of_vae_block)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
 
 
@@ -730,16 +788,19 @@ def test_free_text_encoders(family, row):
     # What sample images need still works: the pipeline, from embeddings.
     guided = guidance_scale > row.unguided_scale
     arguments = {name: tensor for name, tensor in conditioning.items() if guided or "neg" not in name}
+    frames = {} if row.num_frames is None else {"num_frames": row.num_frames}
 
     def images_of(embeddings, **image):
-        return flow_model.pipeline(
+        output = flow_model.pipeline(
             **row.embeddings(embeddings),
             **{row.guidance_argument: guidance_scale},
             **row.size_call(height, width),
             **image,
+            **frames,
             num_inference_steps=2,
             output_type="pt",
-        ).images
+        )
+        return row.result(output)
 
     if flow_model.takes_image:
         own = {name: tensor for name, tensor in arguments.items() if "image" not in name}
@@ -751,7 +812,7 @@ def test_free_text_encoders(family, row):
         )
     else:
         images = images_of(arguments)
-    assert images.shape == (2, 3, height, width)
+    assert images.shape == (2, *row.shape)
 
 
 @one_of_each

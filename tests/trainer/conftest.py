@@ -30,6 +30,7 @@ from tiny_models import (
     tiny_qwen_image_pipeline,
     tiny_sana_pipeline,
     tiny_sd3_pipeline,
+    tiny_wan_pipeline,
     tiny_z_image_pipeline,
 )
 
@@ -48,6 +49,7 @@ PIPELINES = {
     "krea2": tiny_krea2_pipeline,
     "flux-kontext": tiny_flux_kontext_pipeline,
     "qwen-image-edit-plus": tiny_qwen_image_edit_plus_pipeline,
+    "wan": tiny_wan_pipeline,
 }
 EDITING = ("flux-kontext", "qwen-image-edit-plus")
 

@@ -28,6 +28,7 @@ from PIL import Image
 
 from trl_diffusion import ChunkGRPOConfig, ChunkGRPOTrainer, SRPOConfig, SRPOTrainer
 from trl_diffusion.cli.main import main
+from trl_diffusion.data.videos import load_video
 from trl_diffusion.models import Sampler, load_flow_model
 from trl_diffusion.rewards import RewardModel
 
@@ -40,8 +41,8 @@ REWARD = """
 import numpy as np
 
 
-def brightness(images, prompts, **columns):
-    return [float(np.asarray(image).mean()) for image in images]
+def brightness(images, prompts, **columns):  # a video is a list of pictures
+    return [float(np.stack(image).mean() if isinstance(image, list) else np.asarray(image).mean()) for image in images]
 """
 
 
@@ -49,7 +50,7 @@ class Brightness(RewardModel):
     name = "brightness"
 
     def score(self, images, prompts):
-        return images.mean(dim=(1, 2, 3))
+        return images.mean(dim=(1, 2, 3))  # of videos, frame by frame
 
 
 @dataclass
@@ -75,6 +76,8 @@ class Run:
         if name in ("generate", "evaluate"):
             arguments += ["--height", str(self.row.height), "--width", str(self.row.width)]
             arguments += ["--num_inference_steps", str(NUM_STEPS), "--guidance_scale", str(self.row.guidance_scale)]
+            if self.row.num_frames is not None:
+                arguments += ["--num_frames", str(self.row.num_frames)]
         assert main([name, *arguments]) == 0
 
 
@@ -83,6 +86,7 @@ def settings(row, folder):
         "output_dir": str(folder),
         "height": row.height,
         "width": row.width,
+        "num_frames": row.num_frames,
         "num_inference_steps": NUM_STEPS,
         "guidance_scale": row.guidance_scale,
         "sigma_shift": None,
@@ -171,7 +175,8 @@ def test_the_example_of_the_card_draws_what_the_trainer_draws(run, tmp_path):
         **source_of_card(run.row, tmp_path),
         'pipe.to("cuda")\n': "",
         **run.row.card,
-        ").images": '    generator=torch.Generator().manual_seed(7),\n    output_type="pt",\n).images',
+        f").{run.row.results}": "    generator=torch.Generator().manual_seed(7),\n"
+        f'    output_type="pt",\n).{run.row.results}',
     }.items():
         assert code.count(old) == 1, old
         code = code.replace(old, new)
@@ -180,7 +185,7 @@ def test_the_example_of_the_card_draws_what_the_trainer_draws(run, tmp_path):
     assert type(names["pipe"]) is run.row.model_class.pipeline_class
     aligned, base = (run.trainer.generate(run.prompts[:1], [7], fraction)[0] for fraction in (1.0, 0.0))
     assert (aligned - base).abs().max() > 1e-3
-    torch.testing.assert_close(names["image"], aligned, rtol=0, atol=1e-5)
+    torch.testing.assert_close(names["image" if run.row.num_frames is None else "video"], aligned, rtol=0, atol=1e-5)
     for model in (run.row.undistilled_model, load_flow_model(run.base).distilled_model):
         assert model is None or f"https://huggingface.co/{model}" in card
 
@@ -188,7 +193,12 @@ def test_the_example_of_the_card_draws_what_the_trainer_draws(run, tmp_path):
 def test_merged_it_draws_the_same(run, tmp_path):
     run.command("merge", "--adapter", run.folder, "--output_dir", tmp_path)
     sampler = Sampler.from_settings(
-        load_flow_model(tmp_path), NUM_STEPS, run.row.height, run.row.width, run.row.guidance_scale
+        load_flow_model(tmp_path),
+        NUM_STEPS,
+        run.row.height,
+        run.row.width,
+        run.row.guidance_scale,
+        num_frames=run.row.num_frames,
     )
     (image,) = sampler.draw_images(run.prompts[:1], [7])
     torch.testing.assert_close(image, run.trainer.generate(run.prompts[:1], [7]), rtol=0, atol=2e-5)
@@ -204,8 +214,13 @@ def test_generate_and_evaluate(run, tmp_path, monkeypatch):
     prompts = tmp_path / "prompts.jsonl"
     run.command("generate", "--adapter", run.folder, "--prompts", prompts, "--output_dir", tmp_path / "images")
     for index, image in enumerate(run.trainer.generate(run.prompts, [0, 1])):
-        drawn = np.asarray(Image.open(tmp_path / "images" / f"{index:05d}.png"), dtype=float) / 255
-        assert np.abs(drawn - image.permute(1, 2, 0).numpy()).max() < 0.6 / 255
+        if run.row.num_frames is None:
+            drawn = np.asarray(Image.open(tmp_path / "images" / f"{index:05d}.png"), dtype=float) / 255
+        else:
+            drawn = np.stack(load_video(tmp_path / "images" / f"{index:05d}.webp")).astype(float) / 255
+        assert drawn.shape[:-3] == image.shape[:-3]
+        assert np.abs(drawn - image.movedim(-3, -1).numpy()).max() < 0.6 / 255
+    assert (tmp_path / "images" / "grid.png").is_file()
     (tmp_path / "my_reward.py").write_text(REWARD)
     monkeypatch.syspath_prepend(tmp_path)
     run.command(

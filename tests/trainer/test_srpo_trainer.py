@@ -29,7 +29,7 @@ from PIL import Image
 from transformers import TrainerControl, TrainerState
 
 from trl_diffusion import SRPOConfig, SRPOTrainer
-from trl_diffusion.rewards import RewardModel, TwoTowerReward
+from trl_diffusion.rewards import RewardModel, TwoTowerReward, VideoRewardModel
 from trl_diffusion.trainer.callbacks import RewardHackingCallback
 from trl_diffusion.trainer.srpo_trainer import one_step_prediction, scores_of_prompt_sets
 
@@ -66,6 +66,16 @@ class Brightness(RewardModel):
 
     def score(self, images, prompts):
         return images.mean(dim=(1, 2, 3))
+
+
+class Motion(VideoRewardModel):
+    """A smooth function of a video's changes, and of the prompt."""
+
+    name = "motion"
+
+    def score(self, videos, prompts):
+        words = torch.tensor([len(prompt) for prompt in prompts]).to(videos)
+        return torch.tanh(videos.diff(dim=1).square().mean(dim=(1, 2, 3, 4)) * words)
 
 
 class Towers(TwoTowerReward):
@@ -353,6 +363,10 @@ class TestObjective:
             {"family": "krea2", "guidance_scale": 3.0, "negative_prompt": "dull"},
             {"family": "flux-kontext"},
             {"family": "qwen-image-edit-plus", "guidance_scale": 3.0, "negative_prompt": "dull"},
+            {"family": "wan", "guidance_scale": 3.0, "negative_prompt": "dull", "num_frames": 5},
+            {"family": "wan", "guidance_scale": 3.0, "num_frames": 9, "frame_reduction": "min"},
+            {"family": "wan", "guidance_scale": 1.0, "num_frames": 5, "frame_reduction": "first"},
+            {"family": "wan", "guidance_scale": 1.0, "num_frames": 5, "reward_funcs": Motion()},
             {"reward_funcs": [Taste("a"), Taste("b")], "reward_weights": [1.0, 0.5]},
             {"estimator": "refl", "num_landings": 2},
             {"estimator": "draft"},

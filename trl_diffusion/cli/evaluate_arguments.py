@@ -46,6 +46,9 @@ class EvaluateArguments(SamplingArguments):
             Folder for the results. Images that it holds already are not made again.
         reward_batch_size (`int`, *optional*, defaults to `8`):
             Images scored together.
+        frame_reduction (`str`, *optional*, defaults to `"mean"`):
+            How a reward of images scores a video: the `"mean"` of its frames' scores, that of the `"first"` frame, or the
+            `"min"`, that of the worst one.
         confidence (`float`, *optional*, defaults to `0.95`):
             Of the intervals.
         max_report_images (`int`, *optional*, defaults to `200`):
@@ -68,6 +71,14 @@ class EvaluateArguments(SamplingArguments):
         default="evaluation", metadata={"help": "Folder for the results; images it holds are not made again."}
     )
     reward_batch_size: int = field(default=8, metadata={"help": "Images scored together."})
+    frame_reduction: str = field(
+        default="mean",
+        metadata={
+            "help": "How a reward of images scores a video: the 'mean' of its frames' scores, that of the 'first' frame, or "
+            "the 'min', that of the worst one.",
+            "choices": ["mean", "first", "min"],
+        },
+    )
     confidence: float = field(default=0.95, metadata={"help": "Of the intervals."})
     max_report_images: int = field(
         default=200, metadata={"help": "Prompts shown in report.html; the numbers are of all."}

@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from .. import shapes
 from ..data.columns import ColumnReader
 from ..data.prompt_images import Prompt, prompt_of, texts_of, to_json
+from ..data.videos import SUFFIX, load_video
 from ..evaluation import Adapters, compare, markdown_table, write_report
 from ..evaluation.report import Comparison
 from ..models import Sampler
@@ -44,6 +45,8 @@ from .sampling import save_image, write_metadata, write_text
 IMAGE_SETTINGS = (
     "height", "width", "num_inference_steps", "guidance_scale", "negative_prompt", "sigma_shift", "dtype",
 )  # fmt: skip
+# And where the model makes videos.
+VIDEO_SETTINGS = ("num_frames",)
 SCORES_NAME = "scores.json"
 
 
@@ -76,13 +79,20 @@ class Evaluation:
         self.rewards: dict[str, str] = {}  # specification of each reward by the name that it goes by
 
     def path(self, model: str, index: int) -> Path:
-        """The file of an image."""
-        return self.folder / "images" / model / f"{self.digests[model][index]}.png"
+        """The file of an image, or of a video where there is one."""
+        file = self.folder / "images" / model / f"{self.digests[model][index]}.png"
+        video = file.with_suffix(SUFFIX)
+        return video if video.exists() else file
 
     def load(self) -> None:
         """Load the model and its adapters, if there are images to make."""
         if any(self._missing().values()):
             self._sampler, self._loaded = self.args.load_sampler(self.adapters, self.prompts)
+            if self.args.frame_reduction != "mean" and self._sampler.num_frames is None:
+                raise ValueError(
+                    f"frame_reduction={self.args.frame_reduction!r} has no effect with this model, which makes images. Leave "
+                    "frame_reduction unset."
+                )
 
     def draw(self) -> None:
         """Make the images that are not there yet, and let go of the model."""
@@ -132,6 +142,8 @@ class Evaluation:
         kept: dict[str, dict[str, Any]] = json.loads(file.read_text("utf-8")) if file.exists() else {}
         for reward in self.args.rewards:
             spec = spec_text(reward)
+            if self.args.frame_reduction != "mean":
+                spec += f" ({self.args.frame_reduction})"
             own = parse_spec(reward).name not in REWARDS
             # The code of a user's own function may have changed.
             known = {} if own or spec not in kept else kept[spec]["scores"]
@@ -163,11 +175,12 @@ class Evaluation:
                 indices = [index for _, index in part]
                 values = score_pictures(
                     reward,
-                    [Image.open(self.path(model, index)) for model, index in part],
+                    [_picture(self.path(model, index)) for model, index in part],
                     [self.texts[index] for index in indices],
                     {column: [entries[index] for index in indices] for column, entries in self.columns.items()},
                     device=device,
                     batch_size=size,
+                    frame_reduction=self.args.frame_reduction,
                 )
                 known |= {
                     self.digests[model][index]: value for (model, index), value in zip(part, values, strict=True)
@@ -192,7 +205,8 @@ class Evaluation:
         settings = {
             name: value
             for name, value in asdict(args).items()
-            if name in (*IMAGE_SETTINGS, "adapter_fraction", "num_images_per_prompt", "seed") and value is not None
+            if name in (*IMAGE_SETTINGS, *VIDEO_SETTINGS, "adapter_fraction", "num_images_per_prompt", "seed")
+            and value is not None
         }
         results = {
             "model": args.model_name_or_path,
@@ -249,10 +263,16 @@ class Evaluation:
         if name != BASE:
             source += [hashlib.sha256(self.adapters[name].read_bytes()).hexdigest(), args.adapter_fraction]
         source += [getattr(args, setting) for setting in IMAGE_SETTINGS]
+        source += [getattr(args, setting) for setting in VIDEO_SETTINGS if getattr(args, setting) is not None]
         return [
             hashlib.sha256(json.dumps([source, prompt, seed]).encode()).hexdigest()[:20]
             for prompt, seed in zip(to_json(self.prompts), self.seeds, strict=True)
         ]
+
+
+def _picture(path: Path) -> Image.Image | list[Image.Image]:
+    """A picture, or a video as a list of them."""
+    return load_video(path) if path.suffix == SUFFIX else Image.open(path)
 
 
 def _folder_state(folder: Path) -> list[Any]:

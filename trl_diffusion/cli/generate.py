@@ -30,6 +30,9 @@ from .parser import CommandParser
 from .sampling import SamplingArguments, save_image, write_metadata
 
 
+SHEET_SIDE = 1280  # pixels of the longer side of a video's frames in the grid, at most
+
+
 @dataclass(kw_only=True)
 class GenerateArguments(SamplingArguments):
     """
@@ -47,7 +50,8 @@ class GenerateArguments(SamplingArguments):
             Or many of them: a Hub id, a local folder, a file (.txt with one prompt a line, .csv, .json, .jsonl,
             .parquet), or `"shapes"`.
         output_dir (`str`, *optional*, defaults to `"images"`):
-            Folder for the images, `grid.png` and `metadata.jsonl`.
+            Folder for the images, `grid.png` and `metadata.jsonl`. Videos are animated pictures, without loss, and
+            `grid.png` shows their frames.
     """
 
     adapter: str | None = field(
@@ -87,6 +91,7 @@ def main(arguments: Sequence[str]) -> int:
         from ..data.columns import ColumnReader
         from ..data.prompt_images import prompts_in, text_of, with_image
         from ..data.prompts import check_prompts
+        from ..data.videos import contact_sheet
         from ..hub.conversion import find_adapter
         from ..rewards import to_pil
 
@@ -109,17 +114,19 @@ def main(arguments: Sequence[str]) -> int:
         for batch in sampler.draw_images(prompts, seeds, adapter_fraction=args.adapter_fraction):
             for image in to_pil(batch):
                 index = len(images)
-                save_image(image, folder / f"{index:05d}.png")
-                records.append(
-                    {"file_name": f"{index:05d}.png", "prompt": text_of(prompts[index]), "seed": seeds[index]}
-                )
+                file = save_image(image, folder / f"{index:05d}.png")
+                records.append({"file_name": file.name, "prompt": text_of(prompts[index]), "seed": seeds[index]})
+                if isinstance(image, list):
+                    image = contact_sheet(image)
+                    image.thumbnail((SHEET_SIDE, SHEET_SIDE))  # of many videos they are all in the grid
                 images.append(image)
             progress.update(len(batch))
     write_metadata(folder, records)
     # One prompt a row, or for one image a prompt as near to a square as possible.
     columns = args.num_images_per_prompt if args.num_images_per_prompt > 1 else _columns(len(images))
     save_image(make_image_grid(images, rows=len(images) // columns, cols=columns), folder / "grid.png")
-    print(f"Wrote {len(images)} images to {args.output_dir}.")
+    things = "images" if sampler.num_frames is None else "videos"
+    print(f"Wrote {len(images)} {things} to {args.output_dir}.")
     return 0
 
 

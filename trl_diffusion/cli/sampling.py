@@ -49,6 +49,8 @@ class SamplingArguments:
             Height in pixels. `None` takes the pipeline's default.
         width (`int`, *optional*):
             Width in pixels. `None` takes the pipeline's default.
+        num_frames (`int`, *optional*):
+            Frames of a video, for models that make videos. `None` takes the pipeline's default.
         num_inference_steps (`int`, *optional*, defaults to `28`):
             Number of sampling steps.
         guidance_scale (`float`, *optional*):
@@ -91,6 +93,10 @@ class SamplingArguments:
     )
     height: int | None = field(default=None, metadata={"help": "Height in pixels. None takes the pipeline's default."})
     width: int | None = field(default=None, metadata={"help": "Width in pixels. None takes the pipeline's default."})
+    num_frames: int | None = field(
+        default=None,
+        metadata={"help": "Frames of a video, for models that make videos. None takes the pipeline's default."},
+    )
     num_inference_steps: int = field(default=28, metadata={"help": "Number of sampling steps."})
     guidance_scale: float | None = field(
         default=None, metadata={"help": "Guidance. None takes the pipeline's default."}
@@ -186,6 +192,7 @@ class SamplingArguments:
             size=(self.height, self.width),
             negative_prompt=self.negative_prompt,
             has_condition_image=isinstance(prompts[0], PromptWithImage),
+            num_frames=self.num_frames,
         )
         adapters = Adapters(flow_model, files)
         sampler = Sampler.from_settings(
@@ -196,6 +203,7 @@ class SamplingArguments:
             self.guidance_scale,
             self.sigma_shift,
             Conditioning(flow_model, device),
+            self.num_frames,
             batch_size=self.batch_size,
             adapter_off=adapters.off if files else None,
         )
@@ -206,11 +214,27 @@ class SamplingArguments:
         return sampler, adapters
 
 
-def save_image(image: "Image.Image", path: Path) -> None:
-    """Write a PNG that appears whole or not at all."""
+def save_image(image: "Image.Image | list[Image.Image]", path: Path) -> Path:
+    """
+    Write a PNG, of a video, a list of pictures, a lossless animated picture, that appears whole or not at all.
+
+    Args:
+        image (`PIL.Image` or `list[PIL.Image]`): picture or video.
+        path (`Path`): of the file, ending in `.png`; that of a video gets another ending.
+
+    Returns:
+        `Path`: the file.
+    """
     partial = path.with_suffix(".part")
-    image.save(partial, "PNG")
+    if isinstance(image, list):
+        from ..data.videos import SUFFIX, save_video
+
+        path = path.with_suffix(SUFFIX)
+        save_video(image, partial, lossless=True)
+    else:
+        image.save(partial, "PNG")
     os.replace(partial, path)
+    return path
 
 
 def write_text(path: Path, text: str) -> None:

@@ -123,7 +123,9 @@ class Evaluator:
     ) -> Scores:
         """Draw and score this process's images; returns the scores `(N,)` of those of all processes."""
         prompts = [prompt_of(row) for row in rows]
-        images = self.draw(prompts, seeds, adapter_fraction).to(self.accelerator.device)
+        # Where they were drawn to: all of them, videos above all, may be too many for the accelerator.
+        images = self.draw(prompts, seeds, adapter_fraction)
         scores = self.score(images, texts_of(prompts), columns)
-        gathered = self.accelerator.gather(torch.stack(list(scores.values()), 1))[: self.num_images]
+        columns_of_scores = torch.stack(list(scores.values()), 1).to(self.accelerator.device)
+        gathered = self.accelerator.gather(columns_of_scores)[: self.num_images]
         return dict(zip(scores, gathered.unbind(1), strict=True))

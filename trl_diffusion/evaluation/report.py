@@ -27,11 +27,13 @@ from typing import Any
 import jinja2
 from PIL import Image
 
+from ..data.videos import MILLISECONDS, SUFFIX, contact_sheet, evenly_spaced, load_video, save_video
 from .comparison import format_interval, format_win_rate
 
 
 SMALL = 128  # pixels; smaller images are shown enlarged, pixel by pixel
 MAX_SIZE = 640  # pixels of the longer side in the page, which holds all images
+MAX_VIDEO_SIZE, MAX_FRAMES = 320, 24  # the same of videos, of which it holds so many frames
 
 
 @dataclass
@@ -42,7 +44,8 @@ class Comparison:
     Attributes:
         prompt (`str`): the prompt.
         seed (`int`): seed of the noise.
-        images (`dict[str, str | os.PathLike]`): the file of each model's image; "base" first.
+        images (`dict[str, str | os.PathLike]`): the file of each model's image, or of its video as
+            [`~trl_diffusion.data.videos.save_video`] writes it; "base" first.
         scores (`dict[str, dict[str, float | None]]`): scores by reward and model, `None` where it does not apply.
     """
 
@@ -151,7 +154,7 @@ def _tile(reward: str, name: str, models: Mapping[str, Any], with_name: bool) ->
 def _card(comparison: Comparison, names: list[str], measures: list[dict[str, str]]) -> dict[str, Any]:
     pictures = []
     for label in ["base", *names]:
-        source, width, height = _embed(comparison.images[label])
+        source, sheet, width, height = _embed(comparison.images[label])
         scores = []
         for reward, values in comparison.scores.items():
             change = None if label == "base" else _difference(values, label)
@@ -163,7 +166,9 @@ def _card(comparison: Comparison, names: list[str], measures: list[dict[str, str
                     "direction": "" if not change else "up" if change > 0 else "down",
                 }
             )
-        pictures.append({"label": label, "source": source, "width": width, "height": height, "scores": scores})
+        pictures.append(
+            {"label": label, "source": source, "sheet": sheet, "width": width, "height": height, "scores": scores}
+        )
     changes = [_difference(comparison.scores[measure["reward"]], measure["adapter"]) for measure in measures]
     return {
         "prompt": comparison.prompt,
@@ -174,16 +179,33 @@ def _card(comparison: Comparison, names: list[str], measures: list[dict[str, str
     }
 
 
-def _embed(path: str | os.PathLike) -> tuple[str, int, int]:
-    """An image as an address that holds it, with its width and height."""
+def _embed(path: str | os.PathLike) -> tuple[str, str | None, int, int]:
+    """An image or video as an address that holds it, that of a video's contact sheet, and the width and height."""
+    path, buffer = Path(path), io.BytesIO()
+    if path.suffix == SUFFIX:
+        frames = load_video(path)
+        shown = evenly_spaced(frames, MAX_FRAMES)
+        milliseconds = round(MILLISECONDS * len(frames) / len(shown))
+        for frame in shown:
+            frame.thumbnail((MAX_VIDEO_SIZE, MAX_VIDEO_SIZE))
+        save_video(shown, buffer, lossless=max(shown[0].size) <= SMALL, quality=80, milliseconds=milliseconds)
+        return _address(buffer), _embed_picture(contact_sheet(shown)), *shown[0].size
     with Image.open(path) as image:
         picture = image.convert("RGB")
+    return _embed_picture(picture), None, *picture.size
+
+
+def _embed_picture(picture: Image.Image) -> str:
+    """The address that holds a picture, which is made smaller, in place, where it is too large."""
     small = max(picture.size) <= SMALL
     picture.thumbnail((MAX_SIZE, MAX_SIZE))
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", lossless=small, quality=85)
-    encoded = base64.b64encode(buffer.getvalue()).decode()
-    return f"data:image/webp;base64,{encoded}", *picture.size
+    return _address(buffer)
+
+
+def _address(buffer: io.BytesIO) -> str:
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _difference(values: Mapping[str, float | None], label: str) -> float | None:

@@ -41,18 +41,27 @@ from .adapter import DIFFUSERS_WEIGHTS_NAME, PEFT_WEIGHTS_NAME
 PREFIX = "transformer."
 PEFT_PREFIX = "base_model.model."
 
-# Networks whose layers ComfyUI knows by diffusers' names.
+# Networks whose layers ComfyUI knows by diffusers' names, or, those in `COMFYUI_NAMES`, by its own.
 COMFYUI_NETWORKS = (
     "FluxTransformer2DModel", "SD3Transformer2DModel", "QwenImageTransformer2DModel", "Flux2Transformer2DModel",
     "ZImageTransformer2DModel",
-    "ChromaTransformer2DModel", "Krea2Transformer2DModel",
+    "ChromaTransformer2DModel", "Krea2Transformer2DModel", "WanTransformer3DModel",
 )  # fmt: skip
 # Those that it knows by its own names only, or knows by diffusers' since lately: single blocks of FLUX.2,
-# https://github.com/Comfy-Org/ComfyUI/issues/11926.
+# https://github.com/Comfy-Org/ComfyUI/issues/11926, and the blocks of Wan, which have the names of Wan's own code.
 COMFYUI_NAMES = {
     r"transformer\.single_transformer_blocks\.(\d+)\.attn\.to_qkv_mlp_proj": r"diffusion_model.single_blocks.\1.linear1",
     r"transformer\.single_transformer_blocks\.(\d+)\.attn\.to_out": r"diffusion_model.single_blocks.\1.linear2",
+    r"transformer\.blocks\.(\d+)\.attn1\.to_([qkv])": r"diffusion_model.blocks.\1.self_attn.\2",
+    r"transformer\.blocks\.(\d+)\.attn1\.to_out\.0": r"diffusion_model.blocks.\1.self_attn.o",
+    r"transformer\.blocks\.(\d+)\.attn2\.to_([qkv])": r"diffusion_model.blocks.\1.cross_attn.\2",
+    r"transformer\.blocks\.(\d+)\.attn2\.to_out\.0": r"diffusion_model.blocks.\1.cross_attn.o",
+    r"transformer\.blocks\.(\d+)\.ffn\.net\.0\.proj": r"diffusion_model.blocks.\1.ffn.0",
+    r"transformer\.blocks\.(\d+)\.ffn\.net\.2": r"diffusion_model.blocks.\1.ffn.2",
 }
+# Networks of which it knows no layer by diffusers' names.
+COMFYUI_OWN_NAMES = ("WanTransformer3DModel",)
+OWN_BLOCKS = "diffusion_model.blocks."
 
 
 def find_adapter(adapter: str | os.PathLike) -> Path:
@@ -244,8 +253,16 @@ def export_comfyui(adapter: str | os.PathLike, output: str | os.PathLike) -> Non
                     f"{str(adapter)!r} holds {key!r}, which is no LoRA matrix of a transformer in diffusers' format."
                 )
             tensors[key] = file.get_tensor(key)
+    # A file without metadata tells its network by what it has layers of.
+    own_names = network in COMFYUI_OWN_NAMES or any(_comfyui_name(key).startswith(OWN_BLOCKS) for key in tensors)
     for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
         layer = key.removesuffix(".lora_A.weight")
+        if own_names and _comfyui_name(key) == key:
+            raise ValueError(
+                f"{str(adapter)!r} has the layer {layer.removeprefix(PREFIX)!r} of a {COMFYUI_OWN_NAMES[0]}, whose name in "
+                "ComfyUI is not known here. Known are the attention and feed-forward layers of its blocks: train those, or merge the "
+                "adapter with its base model."
+            )
         alpha = _alpha(config, layer.removeprefix(PREFIX), rank=tensors[key].shape[0])
         tensors[f"{layer}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
     output.parent.mkdir(parents=True, exist_ok=True)

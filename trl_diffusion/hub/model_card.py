@@ -28,6 +28,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..data.videos import FRAMES_PER_SECOND
 from ..version import __version__
 from .adapter import DIFFUSERS_WEIGHTS_NAME
 
@@ -164,10 +165,12 @@ def _usage(
     takes_image: bool,
 ) -> str:
     lines = ["import torch"]
+    imported = [] if "num_frames" not in call_arguments else ["from diffusers.utils import export_to_video"]
     base = _literal(base_model or "path/to/the/base/model")
     if transformer_class is not None:
         lines += [
             f"from diffusers import {', '.join(sorted([pipeline_class, transformer_class]))}",
+            *imported,
             "",
             f"transformer = {transformer_class}.from_pretrained(",
             f'    {_literal(repository)}, subfolder="transformer", torch_dtype=torch.bfloat16',
@@ -179,6 +182,7 @@ def _usage(
     else:
         lines += [
             f"from diffusers import {pipeline_class}",
+            *imported,
             "",
             f"pipe = {pipeline_class}.from_pretrained({base}, torch_dtype=torch.bfloat16)",
         ]
@@ -211,7 +215,15 @@ def _call(prompt: str, call_arguments: Mapping[str, Any], *more: str) -> list[st
         *(f"{name}={_literal(value)}" for name, value in call_arguments.items()),
         *more,
     ]
-    return ["image = pipe(", *(f"    {argument}," for argument in arguments), ").images[0]"]
+    lines = [f"    {argument}," for argument in arguments]
+    if "num_frames" in call_arguments:
+        return [
+            "video = pipe(",
+            *lines,
+            ").frames[0]",
+            f'export_to_video(video, "video.mp4", fps={FRAMES_PER_SECOND})',
+        ]
+    return ["image = pipe(", *lines, ").images[0]"]
 
 
 def _hybrid(prompt: str, call_arguments: Mapping[str, Any], takes_image: bool) -> str:
@@ -222,7 +234,7 @@ def _hybrid(prompt: str, call_arguments: Mapping[str, Any], takes_image: bool) -
             "    if step + 1 == round(0.6 * pipe.num_timesteps):",
             "        pipe.disable_lora()",
             "    if step + 1 == pipe.num_timesteps:",
-            "        pipe.enable_lora()  # for the next image",
+            f"        pipe.enable_lora()  # for the next {'video' if 'num_frames' in call_arguments else 'image'}",
             "    return tensors",
             "",
             "",
@@ -283,7 +295,8 @@ def build_model_card(
         settings (`Mapping[str, Any]`, *optional*):
             Settings of the training that the card lists. Pass what a reader needs to repeat the training, and no paths.
         call_arguments (`Mapping[str, Any]`, *optional*):
-            Arguments of the pipeline's call in the usage example, e.g. `{"height": 720, "guidance_scale": 3.5}`.
+            Arguments of the pipeline's call in the usage example, e.g. `{"height": 720, "guidance_scale": 3.5}`. With
+            `num_frames` among them the model makes videos.
         prompt (`str`, *optional*):
             Prompt of the usage example.
         metrics (`Mapping`, *optional*):
@@ -343,7 +356,8 @@ def build_model_card(
         dataset_text = None
 
     is_lora = transformer_class is None
-    task = "image-to-image" if takes_image else "text-to-image"
+    is_video = "num_frames" in (call_arguments or {})
+    task = "image-to-image" if takes_image else "text-to-video" if is_video else "text-to-image"
     card_data = ModelCardData(
         base_model=base_id,
         base_model_relation=None if base_id is None else ("adapter" if is_lora else "finetune"),
@@ -398,6 +412,7 @@ def build_model_card(
         ),
         undistilled_model=undistilled_model,
         distilled_model=distilled_model if is_lora else None,
+        things="videos" if is_video else "images",
         hybrid=_hybrid(prompt, call_arguments or {}, takes_image) if is_lora and "chunk_grpo" in papers else None,
         gallery=bool(samples),
         images={name.replace(" ", "%20"): escape(caption) for name, caption in (images or {}).items()},

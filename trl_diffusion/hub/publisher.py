@@ -31,6 +31,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress, logging
 
+from ..data.videos import SUFFIX, save_video
 from .model_card import build_model_card, hub_id
 from .push import (
     CARD_NAME,
@@ -140,13 +141,22 @@ class Publisher:
             by_prompt.setdefault(record["prompt"], path)
         return {path.as_posix(): prompt for prompt, path in by_prompt.items()}
 
-    def save_gallery(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, str]:
-        """Write one picture a prompt to `output_dir/samples/gallery`; path relative to the card -> prompt."""
-        samples = {f"{GALLERY_FOLDER}/{index:03d}.png": prompt for index, prompt in enumerate(prompts)}
+    def save_gallery(
+        self, pictures: Sequence[Image.Image] | Sequence[list[Image.Image]], prompts: Sequence[str]
+    ) -> dict[str, str]:
+        """
+        Write one picture a prompt, or one video, a list of pictures, to `output_dir/samples/gallery`; path relative to the
+        card -> prompt.
+        """
+        suffix = SUFFIX if isinstance(pictures[0], list) else ".png"
+        samples = {f"{GALLERY_FOLDER}/{index:03d}{suffix}": prompt for index, prompt in enumerate(prompts)}
         if self.is_main:
             (self.output_dir / GALLERY_FOLDER).mkdir(parents=True, exist_ok=True)
             for name, picture in zip(samples, pictures, strict=True):
-                picture.save(self.output_dir / name)
+                if isinstance(picture, list):
+                    save_video(picture, self.output_dir / name)
+                else:
+                    picture.save(self.output_dir / name)
         return samples
 
     # ---- Pushes ----

@@ -100,6 +100,11 @@ class PictureMetric(evaluate.Metric):
         for name in self.picture_inputs:
             images = pictures[name]
             if isinstance(images, torch.Tensor):
+                if images.ndim != 4:
+                    raise ValueError(
+                        f"{name} must be of shape (B, 3, H, W), got {tuple(images.shape)}. Score videos by "
+                        "trl_diffusion.rewards.score_images."
+                    )
                 images = to_pil(images)
             if not len(images):
                 raise ValueError(f"There are no {name} to score. Give at least one.")

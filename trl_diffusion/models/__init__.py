@@ -25,6 +25,7 @@ from .qwen_image_edit import QwenImageEditFlowModel, QwenImageEditPlusFlowModel
 from .sampler import Sampler
 from .sana import SanaFlowModel
 from .sd3 import SD3FlowModel
+from .wan import WanFlowModel
 from .z_image import ZImageFlowModel
 
 
@@ -44,6 +45,7 @@ __all__ = [
     "SD3FlowModel",
     "Sampler",
     "SanaFlowModel",
+    "WanFlowModel",
     "ZImageFlowModel",
     "load_flow_model",
     "open_prompt_store",

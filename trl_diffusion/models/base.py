@@ -15,7 +15,7 @@
 import contextlib
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -56,7 +56,7 @@ def check_multiple(height: int, width: int, multiple: int, family: str) -> None:
 
 class FlowModel(ABC):
     """
-    What a trainer needs of a text-to-image pipeline: the only seam between pipelines and trainers.
+    What a trainer needs of a text-to-image or text-to-video pipeline: the only seam between pipelines and trainers.
 
     Notation: x_s = (1 - s) x_0 + s e with s = sigma in [0, 1], 1 is noise; the network predicts v = e - x_0. Latents
     are the VAE's, normalised: `(B, C, h, w)`, or `(B, C, F, h, w)` with frames, always float32. How the network wants
@@ -128,6 +128,10 @@ class FlowModel(ABC):
     """Latent pixels along the side of one token."""
     takes_image: ClassVar[bool] = False
     """Whether a prompt comes with an image that it edits, as a [`~trl_diffusion.data.prompt_images.PromptWithImage`]."""
+    default_num_frames: ClassVar[int | None] = None
+    """Frames of the pipeline's videos where the user gives no number; `None`: it makes images."""
+    temporal_downsample: ClassVar[int] = 4
+    """Frames of a video that one latent frame stands for, but for the first, which stands for one."""
     default_guidance_scale: float
     """Guidance of the family's pipeline where the user gives none."""
     max_sequence_length: int
@@ -231,6 +235,11 @@ class FlowModel(ABC):
         self.default_guidance_scale = self.unguided_scale
         self._negative_prompt = None
 
+    @classmethod
+    def check_pipeline(cls, config: Mapping[str, Any]) -> None:
+        """Raise a `ValueError` if the family cannot use a pipeline of this configuration, before anything is loaded."""
+        return
+
     @property
     def denoiser(self) -> torch.nn.Module:
         """The pipeline's transformer. `get_peft_model` wraps it in place, so it carries the adapter's layers then."""
@@ -280,6 +289,28 @@ class FlowModel(ABC):
                     f"{name}={value} is too large for this {self.pipeline_class.__name__}: its position embedding "
                     f"ends at {self.max_size} pixels. Use a multiple of {self.latent_downsample} up to {self.max_size}."
                 )
+
+    @classmethod
+    def check_num_frames(cls, num_frames: int | None) -> None:
+        """
+        Raise a `ValueError` that names the nearest possible numbers unless videos can have so many frames; of a family that
+        makes images, unless it is `None` or 1.
+        """
+        name = cls.pipeline_class.__name__
+        if cls.default_num_frames is None:
+            if num_frames not in (None, 1):
+                raise ValueError(
+                    f"num_frames={num_frames} does not fit a {name}, which makes images. Leave num_frames unset."
+                )
+            return
+        step = cls.temporal_downsample
+        if num_frames is not None and (num_frames < 1 or (num_frames - 1) % step):
+            lower = max((num_frames - 1) // step, 0) * step + 1
+            nearest = f"{lower} and {lower + step}" if num_frames > lower else f"{lower}"
+            raise ValueError(
+                f"num_frames={num_frames} is not possible with this {name}: its VAE makes one frame, and then {step} of each "
+                f"further latent frame, so it must be {step} k + 1. Nearest: {nearest}."
+            )
 
     # ------------------------------------------------------------------------------------------------------- prompts
     @abstractmethod
@@ -472,7 +503,10 @@ class FlowModel(ABC):
         return np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Shape `(C, h, w)`, or `(C, F, h, w)`, of the latents of an image of a size in pixels."""
+        """
+        Shape `(C, h, w)`, or `(C, F, h, w)`, of the latents of an image of a size in pixels. A family that makes videos takes
+        `num_frames` as well, their number of frames, or `None` for the default.
+        """
         factor = self.pipeline.vae_scale_factor
         return (self.vae.config.latent_channels, height // factor, width // factor)
 
@@ -483,6 +517,7 @@ class FlowModel(ABC):
         width: int,
         generator: torch.Generator | list[torch.Generator] | None = None,
         device: torch.device | str = "cpu",
+        num_frames: int | None = None,
     ) -> torch.Tensor:
         """
         Standard normal latents, as the pipeline would draw them.
@@ -496,13 +531,17 @@ class FlowModel(ABC):
                 One generator, or one for each sample: then a sample's noise does not depend on the batch it is in.
             device (`torch.device`, *optional*, defaults to `"cpu"`):
                 Where the result goes. With CPU generators the values are the same on every device.
+            num_frames (`int`, *optional*):
+                Frames of a video; the family's default if `None`. Not for images.
 
         Returns:
             `torch.Tensor` of shape `(B, C, [F,] h, w)`: float32.
         """
         if isinstance(generator, list) and len(generator) != num:
             raise ValueError(f"Got {len(generator)} generators for {num} samples: pass one, or one for each sample.")
-        shape = (num, *self.latent_shape(height, width))
+        self.check_num_frames(num_frames)
+        size = (height, width) if self.default_num_frames is None else (height, width, num_frames)
+        shape = (num, *self.latent_shape(*size))
         return randn_tensor(shape, generator=generator, device=torch.device(device), dtype=torch.float32)
 
     @abstractmethod
@@ -619,19 +658,22 @@ class FlowModel(ABC):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """
-        Images of clean latents, differentiable (where the clamp is not active). Their size follows from the latents'.
+        Images or videos of clean latents, differentiable (where the clamp is not active). Their size follows from the
+        latents'.
 
         Args:
-            latents (`torch.Tensor` of shape `(B, C, h, w)` or `(B, C, 1, h, w)`):
-                Clean latents, float32 (or float64, with a VAE in float64).
+            latents (`torch.Tensor` of shape `(B, C, h, w)` or `(B, C, F, h, w)`):
+                Clean latents, float32 (or float64, with a VAE in float64); F is 1 where the family makes images.
 
         Returns:
-            `torch.Tensor` of shape `(B, 3, H, W)`: in [0, 1], in the dtype of the latents.
+            `torch.Tensor` of shape `(B, 3, H, W)`, of videos `(B, F, 3, H, W)`: in [0, 1], in the dtype of the latents.
         """
         shift, scale = self.latent_statistics(latents)
         z = self.unpatchify(latents / scale + shift)
         images = self.vae.decode(z.to(device=self.vae.device, dtype=self.vae.dtype), return_dict=False)[0]
-        if images.ndim == 5:  # a VAE of videos, with one frame
+        if self.default_num_frames is not None:
+            images = images.transpose(1, 2)
+        elif images.ndim == 5:  # a VAE of videos, with one frame
             images = images.squeeze(2)
         return (images.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
 
@@ -639,20 +681,28 @@ class FlowModel(ABC):
         self, images: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
     ) -> torch.Tensor:
         """
-        Latents of images.
+        Latents of images or videos.
 
         Args:
-            images (`torch.Tensor` of shape `(B, 3, H, W)`):
+            images (`torch.Tensor` of shape `(B, 3, H, W)`, of videos `(B, F, 3, H, W)`):
                 Images in [0, 1].
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Sample the VAE's posterior with it. By default its mode is taken.
 
         Returns:
-            `torch.Tensor` of shape `(B, C, [1,] h, w)`: float32 latents.
+            `torch.Tensor` of shape `(B, C, [F,] h, w)`: float32 latents.
         """
         height, width = images.shape[-2:]
         self.check_size(height, width)
-        if len(self.latent_shape(height, width)) == 4:  # a VAE of videos
+        if self.default_num_frames is not None:
+            if images.ndim != 5:
+                raise ValueError(
+                    f"{type(self).__name__} encodes videos of shape (B, F, 3, H, W), got {tuple(images.shape)}. Give an image "
+                    "as a video of one frame."
+                )
+            self.check_num_frames(images.shape[1])
+            images = images.transpose(1, 2)
+        elif len(self.latent_shape(height, width)) == 4:  # a VAE of videos
             images = images.unsqueeze(2)
         images = (images * 2 - 1).to(device=self.vae.device, dtype=self.vae.dtype)
         latents = self.patchify(self.encode_pixels(images, generator).float())

@@ -45,6 +45,7 @@ from .qwen_image import QwenImageFlowModel
 from .qwen_image_edit import QwenImageEditFlowModel, QwenImageEditPlusFlowModel
 from .sana import SanaFlowModel
 from .sd3 import SD3FlowModel
+from .wan import WanFlowModel
 from .z_image import ZImageFlowModel
 
 
@@ -63,6 +64,7 @@ FLOW_MODELS: dict[str, type[FlowModel]] = {
         FluxKontextFlowModel,
         QwenImageEditPlusFlowModel,
         QwenImageEditFlowModel,
+        WanFlowModel,
     )
 }
 """The supported families: pipeline class name to [`FlowModel`]."""
@@ -96,7 +98,8 @@ def euler_of(scheduler: SchedulerMixin) -> SchedulerMixin:
 
     The sigmas are those of the published scheduler but for its smallest unshifted one, 1 / 1000, which Euler's has not:
     before the shift, with T steps, Euler's k-th is 1 - k / T, that of DPM-Solver++ 0.999 (1 - k / T), and that of UniPC
-    1 - 0.999 k / T. Nor are times rounded to integers.
+    1 - 0.999 k / T. Nor are times rounded to integers. (Where a pipeline passes no sigmas to its scheduler, as Wan's, Euler's
+    own go from 1 to its smallest in equal steps.)
     """
     config = scheduler.config
     if not isinstance(scheduler, DPMSolverMultistepScheduler | UniPCMultistepScheduler):
@@ -112,12 +115,13 @@ def load_flow_model(
     size: tuple[int | None, int | None] = (None, None),
     negative_prompt: str | None = None,
     has_condition_image: bool | None = None,
+    num_frames: int | None = None,
     **kwargs: Any,
 ) -> FlowModel:
     """
     Make a [`FlowModel`] of a pipeline.
 
-    An unsupported family, a wrong path or an impossible size is refused before any weights load.
+    An unsupported family, a wrong path or an impossible size or number of frames is refused before any weights load.
 
     Args:
         model (`str`, `os.PathLike` or [`~diffusers.DiffusionPipeline`]):
@@ -131,6 +135,8 @@ def load_flow_model(
             What true guidance leads away from; the empty prompt if `None`.
         has_condition_image (`bool`, *optional*):
             Whether prompts come with images to edit, to be checked; `None` is not known yet.
+        num_frames (`int`, *optional*):
+            Frames of the videos that the model will be used for, to be checked; `None` is the model's default.
         **kwargs:
             Passed to the pipeline's `from_pretrained`, as `revision`, `variant` or `quantization_config`. Not for a
             loaded pipeline.
@@ -149,6 +155,7 @@ def load_flow_model(
         flow_model_class = _family_of(type(model).__name__, model)
         if has_condition_image is not None:
             flow_model_class.check_condition_image(has_condition_image)
+        flow_model_class.check_num_frames(num_frames)
         make_plain(model)
         model.scheduler = euler_of(model.scheduler)
         flow_model = flow_model_class(model)
@@ -162,6 +169,7 @@ def load_flow_model(
             torch_dtype,
             negative_prompt=negative_prompt,
             has_condition_image=has_condition_image,
+            num_frames=num_frames,
             **kwargs,
         )
         flow_model.pipeline.default_sample_size = shapes.IMAGE_SIZE // flow_model.pipeline.vae_scale_factor
@@ -183,8 +191,10 @@ def load_flow_model(
             f"Supported: {', '.join(FLOW_MODELS)}."
         ) from error
     flow_model_class = _family_of(config.get("_class_name"), model)
+    flow_model_class.check_pipeline(config)
     if has_condition_image is not None:
         flow_model_class.check_condition_image(has_condition_image)
+    flow_model_class.check_num_frames(num_frames)
     if size != (None, None):
         vae_config = AutoencoderKL.load_config(model, subfolder="vae", **hub_kwargs)
         multiple = flow_model_class.vae_downsample(vae_config) * flow_model_class.patch_size

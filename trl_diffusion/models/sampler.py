@@ -58,12 +58,14 @@ class Sampler:
         adapter_off (`Callable`, *optional*):
             Gives the context in which the network is the base model. Without it, no part of the steps can be drawn
             without the adapter.
+        num_frames (`int`, *optional*):
+            Frames of a video; the family's default if `None`. Stays `None` where the family makes images.
 
     Attributes:
         forwards (`int`): rows that [`velocity`] has put through the network, with guidance two an image.
 
     Raises:
-        `ValueError`: a size or a guidance that the model does not have, or no batch.
+        `ValueError`: a size, a number of frames or a guidance that the model does not have, or no batch.
     """
 
     flow_model: FlowModel
@@ -75,10 +77,14 @@ class Sampler:
     generator_device: torch.device | str = "cpu"
     forward_context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     adapter_off: Callable[[], contextlib.AbstractContextManager] | None = None
+    num_frames: int | None = None
     forwards: int = field(default=0, init=False)
 
     def __post_init__(self):
         self.flow_model.check_size(*self.size)
+        self.flow_model.check_num_frames(self.num_frames)
+        if self.num_frames is None or self.flow_model.default_num_frames is None:
+            self.num_frames = self.flow_model.default_num_frames
         self.flow_model.check_guidance_scale(self.guidance_scale)
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
@@ -93,6 +99,7 @@ class Sampler:
         guidance_scale: float | None = None,
         sigma_shift: float | None = None,
         conditioning: Conditioning | None = None,
+        num_frames: int | None = None,
         **kwargs: Any,
     ) -> "Sampler":
         """
@@ -111,6 +118,8 @@ class Sampler:
                 Static shift of the noise schedule; the pipeline's own schedule if `None`.
             conditioning ([`Conditioning`], *optional*):
                 Gives the conditioning of prompts; by default one that encodes them where the denoiser is.
+            num_frames (`int`, *optional*):
+                Frames of a video; the pipeline's default if `None`. Not for images.
             **kwargs:
                 Other arguments of [`Sampler`].
 
@@ -132,7 +141,7 @@ class Sampler:
             guidance_scale = flow_model.default_guidance_scale
         if conditioning is None:
             conditioning = Conditioning(flow_model, flow_model.denoiser.device)
-        return cls(flow_model, conditioning, sigmas.float(), size, guidance_scale, **kwargs)
+        return cls(flow_model, conditioning, sigmas.float(), size, guidance_scale, num_frames=num_frames, **kwargs)
 
     def velocity(
         self, network: nn.Module, latents: torch.Tensor, sigma: torch.Tensor, conditioning: dict[str, torch.Tensor]
@@ -159,7 +168,9 @@ class Sampler:
 
     def draw_noise(self, generators: list[torch.Generator]) -> torch.Tensor:
         """Initial noise `(B, C, [F,] h, w)`, float32, one generator a sample, so that none depends on its batch."""
-        return self.flow_model.draw_noise(len(generators), *self.size, generators, self.conditioning.device)
+        return self.flow_model.draw_noise(
+            len(generators), *self.size, generators, self.conditioning.device, self.num_frames
+        )
 
     @torch.no_grad()
     def rollout(
@@ -273,7 +284,10 @@ class Sampler:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images `(B, 3, H, W)` in [0, 1] of clean latents, float32, without gradient, `batch_size` at a time."""
+        """
+        Images `(B, 3, H, W)`, or videos `(B, F, 3, H, W)`, in [0, 1] of clean latents, float32, without gradient,
+        `batch_size` at a time.
+        """
         return torch.cat([self.flow_model.decode(part) for part in latents.split(self.batch_size)])
 
     @torch.no_grad()
@@ -319,5 +333,8 @@ class Sampler:
         network: nn.Module | None = None,
         adapter_fraction: float = 1.0,
     ) -> Iterator[torch.Tensor]:
-        """Images `(B, 3, H, W)`, float32, in [0, 1], batch by batch; see [`draw_latents`] for the arguments."""
+        """
+        Images `(B, 3, H, W)`, or videos `(B, F, 3, H, W)`, float32, in [0, 1], batch by batch; see [`draw_latents`] for the
+        arguments.
+        """
         return map(self.decode, self.draw_latents(prompts, seeds, network, adapter_fraction))

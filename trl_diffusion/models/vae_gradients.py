@@ -24,17 +24,17 @@ def recomputed(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
     """The forward of a block of a causal VAE, recomputed in the backward pass."""
 
     def recomputed_forward(
-        x: torch.Tensor, feat_cache: list | None = None, feat_idx: list[int] | None = None
+        x: torch.Tensor, feat_cache: list | None = None, feat_idx: list[int] | None = None, **kwargs: bool
     ) -> torch.Tensor:
         if not torch.is_grad_enabled() or feat_cache is None:
-            return forward(x, feat_cache, feat_idx)
+            return forward(x, feat_cache, feat_idx, **kwargs)
         # A block takes from the cache the last frames of the chunk before and leaves its own there, at a place that it
         # counts on. Each run begins with the cache as it was.
         cache_before, index_before = list(feat_cache), list(feat_idx)
 
         def run(x: torch.Tensor) -> torch.Tensor:
             feat_cache[:], feat_idx[:] = cache_before, index_before
-            return forward(x, feat_cache, feat_idx)
+            return forward(x, feat_cache, feat_idx, **kwargs)
 
         return checkpoint(run, x, use_reentrant=False)
 

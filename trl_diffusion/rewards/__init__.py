@@ -25,9 +25,11 @@ from .base import (
     BlackBoxReward,
     Reward,
     RewardModel,
+    VideoRewardModel,
     reward_name,
     score_images,
     score_pictures,
+    sees_videos,
     to_pil,
 )
 from .functions import check_function, signature_of
@@ -278,6 +280,7 @@ __all__ = [
     "RewardModel",
     "RewardServerError",
     "TwoTowerReward",
+    "VideoRewardModel",
     "asks_for_column",
     "check_reward",
     "is_differentiable",
@@ -287,6 +290,7 @@ __all__ = [
     "reward_name",
     "score_images",
     "score_pictures",
+    "sees_videos",
     "spec_text",
     "to_pil",
     "to_tensor",

@@ -27,6 +27,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .frames import FRAMES_TOGETHER, reduce_frames, scored_frames
 from .functions import RESERVED, call_function, score_list
 from .preprocessing import to_tensor
 
@@ -118,19 +119,50 @@ class RewardModel(nn.Module):
         return [module for module in self.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
+class VideoRewardModel(RewardModel):
+    """
+    A frozen, differentiable reward of whole videos, as of motion: [`score`] gets `(B, F, 3, H, W)` in [0, 1] and returns one
+    score a video, `(B,)`. Any other [`RewardModel`] gets the frames as images, and its scores are reduced by
+    `frame_reduction`.
+
+    ```python
+    class Steadiness(VideoRewardModel):
+        name = "steadiness"
+
+        def score(self, videos, prompts):
+            return -videos.diff(dim=1).abs().mean(dim=(1, 2, 3, 4))
+    ```
+    """
+
+    def score(self, videos: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """
+        Args:
+            videos (`torch.Tensor` of shape `(B, F, 3, H, W)`): float, in [0, 1], of any size and number of frames.
+            prompts (`list[str]`): one a video.
+
+        Returns:
+            `torch.Tensor` of shape `(B,)`, float32, differentiable in the videos.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define score(videos, prompts).")
+
+
 class BlackBoxReward:
     """
     A reward that is no differentiable model and needs a name or settings: a server, a recogniser of text.
 
     A subclass sets `name` (else it is the name of the class) and defines `__call__(images: list[PIL.Image], prompts:
     list[str], **columns)`, which returns a list of float or None. Plain functions serve as well.
+
+    Of videos it gets a list of pictures each, as plain functions do; with `scores_frames` the pictures of all frames, whose
+    scores are reduced by `frame_reduction`.
     """
 
     name: str = _ClassName()
+    scores_frames = False
 
 
 # A reward as users give it: a model, or a black box `f(images: list[PIL.Image], prompts: list[str], **columns)` that
-# returns a list of float or None.
+# returns a list of float or None; of videos it gets a list of pictures each.
 Reward = RewardModel | Callable[..., list[float | None]]
 
 
@@ -153,24 +185,41 @@ def is_out_of_memory(error: BaseException) -> bool:
     return error.__cause__ is not None and is_out_of_memory(error.__cause__)
 
 
-def to_pil(images: torch.Tensor) -> list[Image.Image]:
-    """Images `(B, 3, H, W)` in [0, 1] as 8-bit pictures."""
+def to_pil(images: torch.Tensor) -> list[Image.Image] | list[list[Image.Image]]:
+    """Images `(B, 3, H, W)` in [0, 1] as 8-bit pictures; videos `(B, F, 3, H, W)` as a list of pictures each."""
     from diffusers.image_processor import VaeImageProcessor  # as above
 
+    if images.ndim == 5:
+        return [to_pil(video) for video in images]
     return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images.detach().float()))
 
 
+def sees_videos(reward: Reward) -> bool:
+    """Whether a reward gets a video as a whole, and not each of its frames as an image."""
+    if isinstance(reward, functools.partial):
+        return sees_videos(reward.func)
+    if isinstance(reward, RewardModel):
+        return isinstance(reward, VideoRewardModel)
+    return not (isinstance(reward, BlackBoxReward) and reward.scores_frames)
+
+
 def score_images(
-    reward: Reward, images: torch.Tensor, prompts: list[str], columns: dict[str, list[Any]] | None = None
+    reward: Reward,
+    images: torch.Tensor,
+    prompts: list[str],
+    columns: dict[str, list[Any]] | None = None,
+    frame_reduction: str = "mean",
 ) -> torch.Tensor:
     """
-    Score images without gradient, and check the answer.
+    Score images, or videos, without gradient, and check the answer.
 
     Args:
         reward (`RewardModel` or `Callable`): see [`RewardModel`].
-        images (`torch.Tensor` of shape `(B, 3, H, W)`): in [0, 1].
+        images (`torch.Tensor` of shape `(B, 3, H, W)`, of videos `(B, F, 3, H, W)`): in [0, 1].
         prompts (`list[str]`): one an image.
         columns (`dict[str, list]`, *optional*): the dataset's other columns, for black-box rewards.
+        frame_reduction (`str`, *optional*, defaults to `"mean"`): how the scores of a video's frames become one, where the
+            reward does not see videos; see [`~trl_diffusion.rewards.frames.reduce_frames`].
 
     Returns:
         `torch.Tensor` of shape `(B,)`, float32, on the images' device; NaN where the reward said None or NaN, "not
@@ -178,11 +227,19 @@ def score_images(
 
     Raises:
         `RuntimeError`: the reward raised. [`RewardOutOfMemoryError`]: it ran out of memory. `TypeError`: it returned
-        something other than numbers. `ValueError`: it returned a wrong number of scores or an infinite one, or a column
-        is called "images" or "prompts". Each names the reward and the prompts.
+        something other than numbers. `ValueError`: it returned a wrong number of scores or an infinite one, a column
+        is called "images" or "prompts", or the reward is of videos and these are images. Each names the reward and the
+        prompts.
     """
     name = reward_name(reward)
     columns = columns or {}
+    if images.ndim == 5 and not sees_videos(reward):
+        return _score_frames(reward, images, prompts, columns, frame_reduction)
+    if images.ndim == 4 and isinstance(reward, VideoRewardModel):
+        raise ValueError(
+            f"The reward {name!r} is a VideoRewardModel, which scores videos, and these are images (first prompt: "
+            f"{prompts[0]!r}). Use it with a model that makes videos, or a RewardModel."
+        )
     for column in RESERVED:
         if column in columns:
             raise ValueError(f"A column is called {column!r}, which is what rewards call the {column}. Rename it.")
@@ -220,16 +277,34 @@ def score_images(
     )
 
 
+def _score_frames(
+    reward: Reward, videos: torch.Tensor, prompts: list[str], columns: dict[str, list[Any]], reduction: str
+) -> torch.Tensor:
+    """Scores `(B,)` of videos by a reward of images; not all frames together, of which a video has many."""
+    frames = scored_frames(videos, reduction)
+    num = frames.shape[1]
+    frames, prompts = frames.flatten(0, 1), [prompt for prompt in prompts for _ in range(num)]
+    columns = {name: [value for value in values for _ in range(num)] for name, values in columns.items()}
+    together = max(len(videos), FRAMES_TOGETHER)
+    parts = []
+    for start in range(0, len(prompts), together):
+        rows = slice(start, start + together)
+        columns_of_rows = {name: values[rows] for name, values in columns.items()}
+        parts.append(score_images(reward, frames[rows], prompts[rows], columns_of_rows))
+    return reduce_frames(torch.cat(parts).view(-1, num), reduction)
+
+
 def score_pictures(
     reward: Reward,
-    pictures: list[Image.Image],
+    pictures: list[Image.Image] | list[list[Image.Image]],
     prompts: list[str],
     columns: dict[str, list[Any]] | None = None,
     device: torch.device | str = "cpu",
     batch_size: int = 32,
+    frame_reduction: str = "mean",
 ) -> list[float | None]:
     """
-    As [`score_images`], for PIL images, which may be of several sizes and modes.
+    As [`score_images`], for PIL images, which may be of several sizes and modes, or videos, each a list of them.
 
     Args:
         reward (`RewardModel` or `Callable`): see [`RewardModel`]; a model on `device`.
@@ -238,6 +313,7 @@ def score_pictures(
         columns (`dict[str, list]`, *optional*): further columns, for black-box rewards.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where a reward model is.
         batch_size (`int`, *optional*, defaults to `32`): pictures that are scored together, at most.
+        frame_reduction (`str`, *optional*, defaults to `"mean"`): see [`score_images`].
 
     Returns:
         `list[float | None]`: None where the reward does not apply.
@@ -252,22 +328,31 @@ def score_pictures(
     if not pictures:
         raise ValueError("There are no images to score. Give at least one image.")
     scores: list[float | None] = [None] * len(pictures)
-    rows_of_size: dict[tuple[int, int], list[int]] = {}
+    rows_of_size: dict[tuple, list[int]] = {}
     for row, picture in enumerate(pictures):
-        rows_of_size.setdefault(picture.size, []).append(row)
+        size = (picture[0].size, len(picture)) if isinstance(picture, list) else picture.size
+        rows_of_size.setdefault(size, []).append(row)
     batches = [
         rows[start : start + batch_size] for rows in rows_of_size.values() for start in range(0, len(rows), batch_size)
     ]
     for rows in batches:
         values = score_images(
             reward,
-            to_tensor([pictures[row] for row in rows]).to(device),
+            _as_tensor([pictures[row] for row in rows]).to(device),
             [prompts[row] for row in rows],
             {name: [values[row] for row in rows] for name, values in columns.items()},
+            frame_reduction,
         ).tolist()
         for row, value in zip(rows, values, strict=True):
             scores[row] = None if math.isnan(value) else value
     return scores
+
+
+def _as_tensor(pictures: list[Image.Image] | list[list[Image.Image]]) -> torch.Tensor:
+    """Pictures of one size `(B, 3, H, W)`, or videos `(B, F, 3, H, W)`, in [0, 1]."""
+    if isinstance(pictures[0], list):
+        return torch.stack([to_tensor(video) for video in pictures])
+    return to_tensor(pictures)
 
 
 def _checked_score(score: Any, name: str, prompt: str) -> float:

@@ -114,12 +114,13 @@ class Scorer:
 
     Args:
         batch_size (`int`): images that a reward gets together.
-        device (`torch.device`): see [`call_reward`], as the next two.
+        device (`torch.device`): where a batch is scored; see [`call_reward`], as for the next two.
         timeout (`float`, *optional*): seconds that a call may take.
         retries (`int`): further attempts after the first.
         on_accelerator (`Callable`): gives the context in which a reward can be used.
         agree (`Callable`): gets the failure of each call, or `None`, and raises it; where several processes score
             together, on all of them.
+        frame_reduction (`str`): see [`score_images`].
     """
 
     batch_size: int
@@ -128,6 +129,7 @@ class Scorer:
     retries: int
     on_accelerator: Callable[[Reward], contextlib.AbstractContextManager[None]]
     agree: Callable[[Exception | None], None]
+    frame_reduction: str = "mean"
 
     def score(
         self,
@@ -139,12 +141,12 @@ class Scorer:
         """
         Args:
             rewards (`Mapping[str, Reward]` of length R): rewards by name.
-            images (`torch.Tensor` of shape `(B, 3, H, W)`): in [0, 1].
+            images (`torch.Tensor` of shape `(B, 3, H, W)`, of videos `(B, F, 3, H, W)`): in [0, 1], on any device.
             prompts (`Sequence[str]` of length B): their prompts.
             columns (`Mapping[str, Sequence]`): columns of the dataset for black-box rewards, each of length B.
 
         Returns:
-            `torch.Tensor` of shape `(B, R)`, NaN where a reward does not apply.
+            `torch.Tensor` of shape `(B, R)`, on `device`, NaN where a reward does not apply.
         """
         scores = []
         for name, reward in rewards.items():
@@ -153,10 +155,17 @@ class Scorer:
                 for start in range(0, len(prompts), self.batch_size):
                     rows = slice(start, start + self.batch_size)
                     columns_of_rows = {column: values[rows] for column, values in columns.items()}
-                    call = partial(score_images, reward, images[rows], prompts[rows], columns_of_rows)
+                    call = partial(
+                        score_images,
+                        reward,
+                        images[rows].to(self.device),
+                        prompts[rows],
+                        columns_of_rows,
+                        self.frame_reduction,
+                    )
                     parts.append(self.call(name, prompts[rows], call))
             scores.append(torch.cat(parts))
-        return torch.stack(scores, 1) if scores else images.new_zeros((len(prompts), 0))
+        return torch.stack(scores, 1) if scores else images.new_zeros((len(prompts), 0), device=self.device)
 
     def call(self, name: str, prompts: Sequence[str], call: Callable[[], T]) -> T:
         """What a call of the reward of this name, on images of these prompts, returns; see [`call_reward`]."""

@@ -41,6 +41,8 @@ class OCRReward(BlackBoxReward):
             Name in logs.
     """
 
+    scores_frames = True
+
     def __init__(self, recognizer: Callable[[list[Image.Image]], list[str]], name: str = "ocr"):
         if not callable(recognizer):
             raise TypeError(

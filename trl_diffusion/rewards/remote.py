@@ -79,6 +79,8 @@ class RemoteReward(BlackBoxReward):
         `ValueError`: an address that is none, or a setting out of its range.
     """
 
+    scores_frames = True
+
     def __init__(
         self,
         url: str,

@@ -55,6 +55,7 @@ class VQAReward(nn.Module, BlackBoxReward):
     """
 
     official = "Qwen/Qwen2.5-VL-7B-Instruct"
+    scores_frames = True
 
     def __init__(
         self,

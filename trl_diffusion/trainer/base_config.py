@@ -42,7 +42,8 @@ class DiffusionConfig(TrainingArguments):
     r"""
     Base of the trainers' configurations: [`~transformers.TrainingArguments`] plus what sampling images needs.
 
-    `per_device_train_batch_size` counts images, and `gradient_accumulation_steps` micro-batches of images.
+    `per_device_train_batch_size` counts images, and `gradient_accumulation_steps` micro-batches of images. Of models that make
+    videos, what is said of images here is said of videos.
 
     Parameters:
         > Parameters that control sampling
@@ -51,6 +52,8 @@ class DiffusionConfig(TrainingArguments):
             Height of the images in pixels. `None` takes the pipeline's default.
         width (`int`, *optional*):
             Width of the images in pixels. `None` takes the pipeline's default.
+        num_frames (`int`, *optional*):
+            Frames of a video, for models that make videos. `None` takes the pipeline's default.
         num_inference_steps (`int`, *optional*, defaults to `17`):
             Number of sampling steps T.
         guidance_scale (`float`, *optional*):
@@ -104,6 +107,9 @@ class DiffusionConfig(TrainingArguments):
 
         reward_weights (`list[float]`, *optional*):
             Weight of each reward function. `None` weights all with 1.
+        frame_reduction (`str`, *optional*, defaults to `"mean"`):
+            How a reward of images scores a video: the `"mean"` of its frames' scores, that of the `"first"` frame, or the
+            `"min"`, that of the worst one. A `VideoRewardModel` and functions score the video as a whole.
 
         reward_timeout (`float`, *optional*):
             Seconds that a call of a reward may take; one that takes longer has hung, and is given up. `None` waits for
@@ -222,6 +228,12 @@ class DiffusionConfig(TrainingArguments):
     width: int | None = field(
         default=None, metadata={"help": "Width of the images in pixels. None takes the pipeline's default."}
     )
+    num_frames: int | None = field(
+        default=None,
+        metadata={
+            "help": "Frames of a video, for models that make videos. None takes the pipeline's default.",
+        },
+    )
     num_inference_steps: int = field(default=17, metadata={"help": "Number of sampling steps T."})
     guidance_scale: float | None = field(
         default=None,
@@ -285,6 +297,14 @@ class DiffusionConfig(TrainingArguments):
     # Rewards
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each reward function. None weights all with 1."}
+    )
+    frame_reduction: str = field(
+        default="mean",
+        metadata={
+            "help": "How a reward of images scores a video: the 'mean' of its frames' scores, that of the 'first' frame, or "
+            "the 'min', that of the worst one.",
+            "choices": ["mean", "first", "min"],
+        },
     )
 
     reward_timeout: float | None = field(
@@ -418,7 +438,7 @@ class DiffusionConfig(TrainingArguments):
     def _check_values(self) -> None:
         """Check, and complete, what is known without the run's processes and devices."""
         for name in (
-            "height", "width", "num_inference_steps", "rollout_batch_size", "num_eval_images", "prompt_window",
+            "height", "width", "num_frames", "num_inference_steps", "rollout_batch_size", "num_eval_images", "prompt_window",
             "per_device_train_batch_size", "gradient_accumulation_steps",
         ):  # fmt: skip
             value = getattr(self, name)
@@ -468,6 +488,7 @@ class DiffusionConfig(TrainingArguments):
                 "compile_denoiser=True compiles the denoiser's blocks, and torch_compile=True the whole of it. Set one."
             )
         self._check_choice("shared_noise", ("group", "none"))
+        self._check_choice("frame_reduction", ("mean", "first", "min"))
         self._check_reliability()
         if self.quantization is not None:
             self._check_choice("quantization", ("nf4", "int8"))

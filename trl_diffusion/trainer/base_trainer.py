@@ -51,7 +51,7 @@ from .base_config import DiffusionConfig
 from .callbacks import EpochCallback, SampleImagesCallback
 from .card import card_facts
 from .construction import begin_conditioning, load_model, make_sampler
-from .construction_checks import check_args, check_arguments, check_best_metric, check_writable
+from .construction_checks import check_args, check_arguments, check_best_metric, check_frames, check_writable
 from .measures import RunningMetrics, Speed, lora_update_norm, mean_of_known
 from .network import adapter_settings, compiled_graphs, load_network, save_network, trained_network
 from .publishing import PublishingTrainer
@@ -133,10 +133,13 @@ class DiffusionTrainer(PublishingTrainer):
         self.conditioning = self.image_sampler.conditioning
         self.sigmas = self.image_sampler.sigmas
         self.height, self.width = self.image_sampler.size
+        self.num_frames = self.image_sampler.num_frames
         self.guidance_scale = self.image_sampler.guidance_scale
         with whole_weights():
             self.rewards = load_rewards(reward_specs)
             self.watched_rewards = load_rewards(watch_specs)
+        pipeline_name = type(self.flow.pipeline).__name__
+        check_frames(args, {**self.watched_rewards, **self.rewards}, self.num_frames, pipeline_name)
         weights = [1.0] * len(self.rewards) if args.reward_weights is None else args.reward_weights
         self.reward_weights = torch.tensor(weights, dtype=torch.float32)
         if args.metric_for_best_model is None and any(isinstance(c, EarlyStoppingCallback) for c in callbacks or []):
@@ -154,6 +157,7 @@ class DiffusionTrainer(PublishingTrainer):
             args.reward_retries,
             self.frozen.on_accelerator,
             agree=lambda failure: self.stop_together(failure, "a reward"),
+            frame_reduction=args.frame_reduction,
         )
         network = trained_network(self.flow, args, peft_config)
         check_optimizer_holds(optimizers[0], network)
@@ -294,7 +298,7 @@ class DiffusionTrainer(PublishingTrainer):
         return randn_tensor(tuple(like.shape), generator=generators, device=like.device, dtype=like.dtype)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images `(B, 3, H, W)` in [0, 1], float32, without gradient, decoded `rollout_batch_size` at a time."""
+        """Images, or videos, in [0, 1] as [`Sampler.decode`] gives them, `rollout_batch_size` at a time."""
         with self.frozen.on_accelerator(self.flow.vae):
             return self.image_sampler.decode(latents)
 
@@ -323,7 +327,7 @@ class DiffusionTrainer(PublishingTrainer):
                 Images sampled together; `rollout_batch_size` by default.
 
         Returns:
-            `torch.Tensor` of shape `(B, 3, H, W)`, float32, in [0, 1], on the CPU.
+            `torch.Tensor` of shape `(B, 3, H, W)`, of videos `(B, F, 3, H, W)`, float32, in [0, 1], on the CPU.
         """
         sampler = self.image_sampler if batch_size is None else replace(self.image_sampler, batch_size=batch_size)
         with self.averaged_weights(), self.rollout_model() as model:

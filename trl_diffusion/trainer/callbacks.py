@@ -27,7 +27,8 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 from transformers.trainer_callback import CallbackHandler
 
 from ..data.sampler import GroupSampler
-from ..rewards import to_pil
+from ..data.videos import SUFFIX, contact_sheet, save_video
+from ..rewards import to_pil, to_tensor
 
 
 logger = get_logger(__name__)
@@ -49,7 +50,7 @@ class Samples:
     Images to look at, with what is known about them.
 
     Attributes:
-        images (`torch.Tensor` of shape `(N, 3, H, W)`): in [0, 1], on the CPU.
+        images (`torch.Tensor` of shape `(N, 3, H, W)`, of videos `(N, F, 3, H, W)`): in [0, 1], on the CPU.
         prompts (`list[str]` of length N): their prompts.
         values (`dict[str, list[float]]`): rewards by name and the advantage, one an image.
     """
@@ -77,7 +78,8 @@ class TrackioSamplesCallback(TrackioCallback):
 class SampleImagesCallback(TrainerCallback):
     """
     Writes sample images whenever the trainer logs: to `output_dir/samples/step_XXXXXX/` and to the reporting backends
-    that show images (TensorBoard, Weights & Biases, trackio), in the row of the numbers of the step.
+    that show images (TensorBoard, Weights & Biases, trackio), in the row of the numbers of the step. A video is written as an
+    animated picture, beside its contact sheet, which is what the backends show.
 
     The trainer hands the samples to [`keep`]; they are written once.
 
@@ -96,7 +98,7 @@ class SampleImagesCallback(TrainerCallback):
         handler.callbacks = [self, *reporting]
 
     def keep(self, images: torch.Tensor, prompts: list[str], values: dict[str, torch.Tensor], count: int) -> None:
-        """Keep the first `count` of images `(B, 3, H, W)`, with one value `(B,)` a name, until they are written."""
+        """Keep the first `count` of images or videos `(B, ...)`, with one value `(B,)` a name, until they are written."""
         values = {name: column[:count].tolist() for name, column in values.items()}
         self.samples = Samples(images[:count].cpu(), prompts[:count], values)
 
@@ -104,7 +106,10 @@ class SampleImagesCallback(TrainerCallback):
         if self.samples is None or not state.is_world_process_zero:
             return
         samples, self.samples = self.samples, None
-        pictures = to_pil(samples.images)
+        pictures, videos = to_pil(samples.images), None
+        if samples.images.ndim == 5:
+            videos = pictures
+            pictures = [contact_sheet(video) for video in videos]
         captions = [
             f"{prompt} ({', '.join(f'{name} {values[i]:.3f}' for name, values in samples.values.items())})"
             for i, prompt in enumerate(samples.prompts)
@@ -114,16 +119,23 @@ class SampleImagesCallback(TrainerCallback):
         folder.mkdir(parents=True, exist_ok=True)
         records = []
         for i, (picture, prompt) in enumerate(zip(pictures, samples.prompts, strict=True)):
-            picture.save(folder / f"{i:03d}.png")
+            file_name = f"{i:03d}.png"
+            if videos is None:
+                picture.save(folder / file_name)
+            else:
+                file_name = f"{i:03d}{SUFFIX}"
+                save_video(videos[i], folder / file_name)
+                picture.save(folder / f"{i:03d}_sheet.png")
             values = {name: values[i] for name, values in samples.values.items()}
-            records.append({"file_name": f"{i:03d}.png", "prompt": prompt, **values})
+            records.append({"file_name": file_name, "prompt": prompt, **values})
         # The layout of an image folder, which `datasets.load_dataset("imagefolder", data_dir=...)` reads.
         lines = [json.dumps(record, ensure_ascii=False) for record in records]
         (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
         for callback in self.handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                callback.tb_writer.add_images("samples", samples.images, state.global_step)
+                shown = samples.images if videos is None else to_tensor(pictures)
+                callback.tb_writer.add_images("samples", shown, state.global_step)
                 callback.tb_writer.add_text("samples/captions", "\n\n".join(captions), state.global_step)
             elif isinstance(callback, WandbCallback):
                 import wandb

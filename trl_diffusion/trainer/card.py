@@ -39,6 +39,9 @@ def card_facts(trainer: "DiffusionTrainer") -> dict[str, Any]:
     # What a reader needs to repeat the training; no paths.
     settings = {name: value for name, value in args.to_dict().items() if name in names}
     settings |= {"height": trainer.height, "width": trainer.width, "guidance_scale": trainer.guidance_scale}
+    settings["num_frames"] = trainer.num_frames
+    if trainer.num_frames is None:
+        del settings["frame_reduction"]
     if trainer.has_adapter:
         lora = trainer.network.peft_config["default"]
         settings |= {"lora_r": lora.r, "lora_alpha": lora.lora_alpha}
@@ -60,6 +63,7 @@ def card_facts(trainer: "DiffusionTrainer") -> dict[str, Any]:
         "transformer_class": None if trainer.has_adapter else type(trainer.flow.denoiser).__name__,
         "call_arguments": {
             **trainer.flow.size_arguments(trainer.height, trainer.width),
+            **({} if trainer.num_frames is None else {"num_frames": trainer.num_frames}),
             **trainer.flow.guidance_arguments(trainer.guidance_scale),
             "num_inference_steps": args.num_inference_steps,
             "max_sequence_length": trainer.flow.max_sequence_length,

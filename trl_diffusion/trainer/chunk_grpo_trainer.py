@@ -474,6 +474,8 @@ class ChunkGRPOTrainer(OnlineTrainer):
         )  # fmt: skip
         settings = {name: vars(args)[name] for name in names}
         settings |= {"height": self.height, "width": self.width, "guidance_scale": self.guidance_scale}
+        if self.num_frames is not None:  # checkpoints of images say nothing of it
+            settings["num_frames"] = self.num_frames
         temporal = args.chunk_sizes == "temporal"
         settings["num_chunks"] = args.num_chunks if temporal else None
         settings["min_chunk_size"] = args.min_chunk_size if temporal else None

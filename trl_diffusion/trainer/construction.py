@@ -39,7 +39,12 @@ def load_model(
 ) -> FlowModel:
     """The model of a pipeline, or of its id or path, in the dtype that it is trained in."""
     if isinstance(model, DiffusionPipeline):
-        flow = load_flow_model(model, negative_prompt=args.negative_prompt, has_condition_image=has_condition_image)
+        flow = load_flow_model(
+            model,
+            negative_prompt=args.negative_prompt,
+            has_condition_image=has_condition_image,
+            num_frames=args.num_frames,
+        )
     else:
         quantization = None if args.quantization is None else quantization_config(args.quantization)
         flow = load_flow_model(
@@ -49,6 +54,7 @@ def load_model(
             size=(args.height, args.width),
             negative_prompt=args.negative_prompt,
             has_condition_image=has_condition_image,
+            num_frames=args.num_frames,
             **({} if quantization is None else {"quantization_config": quantization}),
         )
     fused_loras = sorted(flow.pipeline.fused_loras)
@@ -88,6 +94,7 @@ def make_sampler(
         args.guidance_scale,
         args.sigma_shift,
         conditioning,
+        args.num_frames,
         batch_size=args.rollout_batch_size or args.per_device_train_batch_size,
         generator_device=args.device,
         **options,

@@ -16,7 +16,7 @@
 
 import os
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from peft import PeftConfig
 from ..data.prompts import CONDITION_IMAGE, check_prompts, column_names
 from ..hub import check_lora_config
 from ..models.quantization import check_quantization
-from ..rewards import Reward, check_reward
+from ..rewards import Reward, VideoRewardModel, check_reward
 from ..runtime.reliable_trainer import OptimizerWithModes
 from ..runtime.updates import check_optimizers
 from .base_config import DiffusionConfig
@@ -181,6 +181,25 @@ def check_attention_backend(name: str) -> None:
         raise ValueError(
             f"attention_backend={name!r} cannot be used here: {error} Or leave attention_backend unset."
         ) from error
+
+
+def check_frames(
+    args: DiffusionConfig, rewards: Mapping[str, Reward], num_frames: int | None, pipeline_name: str
+) -> None:
+    """Refuse what is of videos where the model makes images; `num_frames` are those of its videos."""
+    if num_frames is not None:
+        return
+    if args.frame_reduction != "mean":
+        raise ValueError(
+            f"frame_reduction={args.frame_reduction!r} has no effect with a {pipeline_name}, which makes images. Leave "
+            "frame_reduction unset."
+        )
+    for name, reward in rewards.items():
+        if isinstance(reward, VideoRewardModel):
+            raise ValueError(
+                f"The reward {name!r} is a VideoRewardModel, which scores videos, and a {pipeline_name} makes images. Use a "
+                "RewardModel, or a model that makes videos."
+            )
 
 
 def check_best_metric(metric: str | None, scores: Collection[str], has_base: bool) -> None:

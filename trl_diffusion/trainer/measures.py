@@ -153,12 +153,13 @@ def picture_digests(images: torch.Tensor) -> torch.Tensor:
     One number for each image, the same for those that are the same picture of 8 bits a channel.
 
     Args:
-        images (`torch.Tensor` of shape `(B, 3, H, W)`): in [0, 1].
+        images (`torch.Tensor` of shape `(B, 3, H, W)`, of videos `(B, F, 3, H, W)`): in [0, 1].
 
     Returns:
         `torch.Tensor` of shape `(B,)`, int64, on the device of the images.
     """
-    pictures = (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    # One after the other: videos are large.
+    pictures = ((image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy() for image in images)
     digests = [hashlib.blake2b(picture.tobytes(), digest_size=8).digest() for picture in pictures]
     return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], device=images.device)
 

@@ -25,6 +25,7 @@ from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 
 from ..data.images import ImageBuckets
@@ -33,7 +34,8 @@ from ..data.prompts import column_names
 from ..data.sampler import BucketSampler, GroupStream
 from ..flow import direct_align_pass, interpolate
 from ..objectives import discount_at, preference_loss, relative_preference
-from ..rewards import Reward, RewardModel, TwoTowerReward, is_differentiable, usual_range
+from ..rewards import Reward, RewardModel, TwoTowerReward, VideoRewardModel, is_differentiable, usual_range
+from ..rewards.frames import FRAMES_TOGETHER, reduce_frames, scored_frames
 from ..runtime.term_trainer import LossTerm
 from .base_trainer import DiffusionTrainer
 from .callbacks import RewardHackingCallback
@@ -153,6 +155,11 @@ class SRPOTrainer(DiffusionTrainer):
             for reward in self.rewards.values():
                 reward.enable_gradient_checkpointing()
         if self.images is not None:
+            if self.num_frames is not None:
+                raise ValueError(
+                    f"train_dataset has a column 'image', and a {type(self.flow.pipeline).__name__} makes videos. Remove the "
+                    "column: SRPO trains videos that it makes itself."
+                )
             self.train_dataset = self.images.dataset
             sizes = self.images.sizes((self.height, self.width), self.flow.latent_downsample)
             for size in sizes.values():
@@ -261,10 +268,12 @@ class SRPOTrainer(DiffusionTrainer):
         """Refuse rewards that no gradient comes through, by asking them for one."""
         (prompt,) = texts_of(self.first_prompts(1))
         # Coloured patches: some rewards are flat at noise.
-        patches = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        num_frames = 1 if self.num_frames is None else self.num_frames
+        patches = torch.rand(2 * num_frames, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         patches = torch.nn.functional.interpolate(patches, size=(64, 64), mode="bilinear").to(self.args.device)
+        videos = patches.unflatten(0, (2, num_frames))
         for name, reward in self.rewards.items():
-            images = patches.clone().requires_grad_()
+            images = (videos if isinstance(reward, VideoRewardModel) else patches[:2]).clone().requires_grad_()
             gradient = None
             with self.frozen.on_accelerator(reward):
                 score = reward.score(images, [prompt] * len(images))
@@ -441,7 +450,7 @@ class SRPOTrainer(DiffusionTrainer):
         values = {}
         for (name, reward), weight in zip(self.rewards.items(), self.reward_weights.tolist(), strict=True):
             prompt_sets = self._reward_prompts(name, prompts)
-            call = functools.partial(scores_of_prompt_sets, reward, images, prompt_sets)
+            call = functools.partial(scores_of_prompt_sets, reward, images, prompt_sets, args.frame_reduction)
             positive, *negatives = self.scorer.call(name, prompts, call)
             negative = negatives[0] if negatives else None
             preference = relative_preference(positive, negative, discount, branch, args.preference)
@@ -505,7 +514,10 @@ class SRPOTrainer(DiffusionTrainer):
                     for start in range(0, len(prompts), self.scorer.batch_size):
                         part = slice(start, start + self.scorer.batch_size)
                         sets = [prompts_[part] for prompts_ in prompt_sets]
-                        call = functools.partial(scores_of_prompt_sets, reward, images[part], sets)
+                        images_of_part = images[part].to(self.scorer.device)
+                        call = functools.partial(
+                            scores_of_prompt_sets, reward, images_of_part, sets, args.frame_reduction
+                        )
                         parts = self.scorer.call(name, prompts[part], call)
                         objective[part] += sign * weight * torch.stack(parts).mean(0)
         scores = {"objective": objective, **scores}
@@ -537,13 +549,37 @@ def one_step_prediction(latents: torch.Tensor, velocity: torch.Tensor, sigma: to
 
 
 def scores_of_prompt_sets(
-    reward: RewardModel, images: torch.Tensor, prompt_sets: list[list[str]]
+    reward: RewardModel, images: torch.Tensor, prompt_sets: list[list[str]], frame_reduction: str = "mean"
 ) -> list[torch.Tensor]:
     """
-    Scores `(B,)` of the same images with each of several lists of B prompts; a two-tower reward sees the images once.
+    Scores `(B,)` of the same images `(B, 3, H, W)`, or videos `(B, F, 3, H, W)`, with each of several lists of B prompts; a
+    two-tower reward sees the images once. A reward of images scores frames, see
+    [`~trl_diffusion.rewards.frames.reduce_frames`].
     """
+    if images.ndim == 5 and not isinstance(reward, VideoRewardModel):
+        return _scores_of_frames(reward, images, prompt_sets, frame_reduction)
     if isinstance(reward, TwoTowerReward):
         features = reward.encode_images(images)
         return [reward.score_features(features, reward.encode_texts(prompts)) for prompts in prompt_sets]
     # A column (B, 1) would be broadcast against the discounts (B,).
     return [reward.score(images, prompts).reshape(len(images)) for prompts in prompt_sets]
+
+
+def _scores_of_frames(
+    reward: RewardModel, videos: torch.Tensor, prompt_sets: list[list[str]], reduction: str
+) -> list[torch.Tensor]:
+    """As [`scores_of_prompt_sets`], by a reward of images."""
+    frames = scored_frames(videos, reduction)
+    num = frames.shape[1]
+    frames = frames.flatten(0, 1)
+    prompt_sets = [[prompt for prompt in prompts for _ in range(num)] for prompts in prompt_sets]
+    parts = []
+    for start in range(0, len(frames), FRAMES_TOGETHER):
+        rows = slice(start, start + FRAMES_TOGETHER)
+        arguments = reward, frames[rows], [prompts[rows] for prompts in prompt_sets]
+        if len(frames) <= FRAMES_TOGETHER:
+            parts.append(scores_of_prompt_sets(*arguments))
+        else:
+            # A video has many frames: those of one slice alone are in the reward at a time, also in the backward pass.
+            parts.append(checkpoint(scores_of_prompt_sets, *arguments, use_reentrant=False))
+    return [reduce_frames(torch.cat(scores).view(-1, num), reduction) for scores in zip(*parts, strict=True)]
