@@ -24,15 +24,19 @@ import yaml
 from datasets import Dataset
 from diffusers import FluxPipeline
 from peft import LoraConfig
+from PIL import Image
 from tiny_models import (
     tiny_chroma_pipeline,
     tiny_flux2_klein_pipeline,
     tiny_flux2_pipeline,
+    tiny_flux_kontext_pipeline,
     tiny_flux_pipeline,
     tiny_krea2_pipeline,
+    tiny_qwen_image_edit_plus_pipeline,
     tiny_qwen_image_pipeline,
     tiny_sana_pipeline,
     tiny_sd3_pipeline,
+    tiny_wan_pipeline,
     tiny_z_image_pipeline,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -40,6 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trl_diffusion import ChunkGRPOConfig, ChunkGRPOTrainer, SRPOTrainer
 from trl_diffusion.cli.plan import DOES_NOT_FIT_STATUS, main, memory_size, sharding_of
+from trl_diffusion.data.prompt_images import with_image
 from trl_diffusion.models import load_flow_model
 from trl_diffusion.planning.configurations import fake_flow_model, read_configurations
 from trl_diffusion.planning.counting import Counter, Tally
@@ -58,6 +63,9 @@ FAMILIES = {
     "flux2": tiny_flux2_pipeline,
     "flux2-klein": tiny_flux2_klein_pipeline,
     "z-image": tiny_z_image_pipeline,
+    "wan": tiny_wan_pipeline,
+    "flux-kontext": tiny_flux_kontext_pipeline,
+    "qwen-image-edit-plus": tiny_qwen_image_edit_plus_pipeline,
 }
 LORA = LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v"])
 
@@ -98,14 +106,17 @@ def test_what_is_counted_is_what_the_real_modules_do(saved, family):
     """Forward, update and decode of each family, real tensors against those without memory."""
     pipeline = FAMILIES[family]()
     real = load_flow_model(pipeline)
-    row, (found,) = real.empty_row(), real.encode_rows(["a cat"])
+    prompt = with_image("a cat", Image.new("RGB", (64, 64))) if real.takes_image else "a cat"
+    row, (found,) = real.empty_row(), real.encode_rows([prompt])
     assert {name: tensor.dtype for name, tensor in row.items()} == {n: t.dtype for n, t in found.items()}
     for name, tensor in row.items():
-        assert tensor.shape[name in real.variable_length :] == found[name].shape[name in real.variable_length :]
+        if name != "image_latents":  # which the image decides
+            assert tensor.shape[name in real.variable_length :] == found[name].shape[name in real.variable_length :]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = fake_flow_model(read_configurations(saved(pipeline)), mode, torch.float32)
     fake.max_sequence_length = real.max_sequence_length = min(real.max_sequence_length, 64)
     real.row_lengths = fake.row_lengths
+    num_frames = None if real.default_num_frames is None else 5
     if family == "sd3":  # whose tokenizers are tiny too
         fake.pipeline.tokenizer_max_length = real.pipeline.tokenizer_max_length
     side = 2 * real.latent_downsample
@@ -114,8 +125,9 @@ def test_what_is_counted_is_what_the_real_modules_do(saved, family):
         next(p for name, p in flow_model.denoiser.named_parameters() if "to_q" in name).requires_grad_(True)
         flow_model.enable_gradient_checkpointing()
         counter = Counter(
-            flow_model, tensors, flow_model.denoiser, (side, 2 * side), flow_model.default_guidance_scale
-        )
+            flow_model, tensors, flow_model.denoiser, (side, 2 * side), flow_model.default_guidance_scale,
+            num_frames=num_frames,
+        )  # fmt: skip
         costs.append([counter.forward(2), counter.update(2), counter.decode(1)])
     for a, b in zip(*costs, strict=True):
         assert a.flops == b.flops > 0
@@ -195,16 +207,25 @@ def test_memory_and_work_are_those_of_a_run(saved, tmp_path, name, build, peft_c
             if phase != "update":
                 return super().timed(phase, *how)
             tensors = [*self.model.parameters(), *self.model.buffers(), *self.flow.vae.parameters()]
-            live.append(Tally(tensors))
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            live.append(Tally([*tensors, *gradients]))
             return live[-1]
 
     trainer = Measured(
-        pipeline, Brightness(), make_args(), Dataset.from_dict({"prompt": ["a cat", "a dog"]}), peft_config=peft_config
+        pipeline,
+        Brightness(),
+        make_args(),
+        Dataset.from_dict({"prompt": ["a cat", "a dog", "a bird", "a fish"]}),
+        peft_config=peft_config,
     )
     trainer.train()
     # Again, since a count of operations keeps tensors alive.
     trainer = trainer_class(
-        build(), Brightness(), make_args(), Dataset.from_dict({"prompt": ["a cat", "a dog"]}), peft_config=peft_config
+        build(),
+        Brightness(),
+        make_args(),
+        Dataset.from_dict({"prompt": ["a cat", "a dog", "a bird", "a fish"]}),
+        peft_config=peft_config,
     )
     with FlopCounterMode(display=False) as flops:
         trainer.train()
@@ -324,7 +345,7 @@ class TestCommand:
 def test_published_sizes(model):
     """Against what their makers say, in billions of weights; a model is named after it or its card tells it."""
     billions = {
-        "FLUX.1-": 11.9, "medium": 2.24, "large": 8.06, "Qwen-Image": 20.4, "Chroma1": 8.9, "1.6B": 1.6, "Krea-2": 12.8,
+        "FLUX.1-": 11.9, "medium": 2.24, "large": 8.06, "Qwen-Image": 20.4, "T2V-1.3B": 1.42, "T2V-14B": 14.3, "TI2V-5B": 5.0, "Chroma1": 8.9, "1.6B": 1.6, "Krea-2": 12.8,
         "FLUX.2-dev": 32.2, "4B": 3.9, "9B": 9.1, "Z-Image": 6.15,
     }  # fmt: skip
     expected = next(value for name, value in billions.items() if name in model)

@@ -77,6 +77,9 @@ class WanFlowModel(FlowModel):
         )
         return [{"prompt_embeds": embeds} for embeds in prompt_embeds]
 
+    def empty_row(self) -> dict[str, torch.Tensor]:
+        return {"prompt_embeds": torch.empty(self.max_sequence_length, self.transformer_config.text_dim)}
+
     def forward(
         self,
         denoiser: torch.nn.Module,

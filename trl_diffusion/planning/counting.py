@@ -121,6 +121,7 @@ class Counter:
         guidance_scale (`float`): guidance.
         autocast (`torch.dtype`, *optional*): mixed precision.
         rewards (`Iterable[nn.Module]`, *optional*): what images are scored with.
+        num_frames (`int`, *optional*): of videos.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class Counter:
         guidance_scale: float,
         autocast: torch.dtype | None = None,
         rewards: Iterable[nn.Module] = (),
+        num_frames: int | None = None,
     ):
         self.flow_model = flow_model
         self.mode = mode
@@ -139,7 +141,14 @@ class Counter:
         self.size = size
         self.guidance_scale = guidance_scale
         self.autocast = autocast
+        self.num_frames = num_frames
         self.modules = [network, flow_model.vae, *rewards]
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Of one image or video, without its row."""
+        frames = () if self.num_frames is None else (self.num_frames,)
+        return self.flow_model.latent_shape(*self.size, *frames)
 
     def forward(self, rows: int) -> Cost:
         """Of one step of a rollout of so many rows."""
@@ -166,7 +175,8 @@ class Counter:
     def score(self, rows: int, score: Callable[[torch.Tensor], torch.Tensor]) -> Cost:
         """Of the scores of so many images."""
         with self.mode:
-            images = torch.empty(rows, 3, *self.size)
+            frames = () if self.num_frames is None else (self.num_frames,)
+            images = torch.empty(rows, *frames, 3, *self.size)
         return self._measured(lambda: score(images), [images], gradient=False)
 
     def _by_blocks(self, measure: Callable[[], Cost]) -> Cost:
@@ -204,7 +214,7 @@ class Counter:
 
     def _counted(self, compute: Callable[[torch.Tensor], Any], rows: int, gradient: bool = True) -> Cost:
         with self.mode:
-            latents = torch.empty(rows, *self.flow_model.latent_shape(*self.size))
+            latents = torch.empty(rows, *self.latent_shape)
         return self._measured(lambda: compute(latents), [latents], gradient)
 
     def _measured(self, compute: Callable[[], Any], inputs: list[torch.Tensor], gradient: bool) -> Cost:

@@ -25,6 +25,7 @@ from peft import LoraConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..flow.chunks import chunk_steps, equal_chunk_sizes
+from ..rewards.frames import FRAMES_TOGETHER
 from ..runtime.sharding import BUCKET_SIZES
 from ..trainer import ChunkGRPOConfig, DiffusionConfig, SRPOConfig
 from ..trainer.network import DEFAULT_LORA
@@ -207,11 +208,15 @@ class Planner:
             for value, default in zip((args.height, args.width), self.flow_model.default_size, strict=True)
         )
         self.flow_model.check_size(*self.size)
+        self.flow_model.check_num_frames(args.num_frames)
+        self.num_frames = args.num_frames or self.flow_model.default_num_frames
+        if self.flow_model.default_num_frames is None:
+            self.num_frames = None
         guidance = self.flow_model.default_guidance_scale if args.guidance_scale is None else args.guidance_scale
         self.flow_model.check_guidance_scale(guidance)
         self.counter = Counter(
             self.flow_model, self.mode, self.network, self.size, guidance, torch.bfloat16 if args.bf16 else None,
-            [reward.model for reward in self.rewards if reward.model is not None],
+            [reward.model for reward in self.rewards if reward.model is not None], self.num_frames,
         )  # fmt: skip
         is_srpo = isinstance(args, SRPOConfig)
         self.choices = Choices(
@@ -318,7 +323,7 @@ class Planner:
         return next((size for start, size in _OPTIMIZERS.items() if name.startswith(start)), 8)
 
     def _states_of_a_generation(self, choices: Choices) -> int:
-        latents = 4 * math.prod(self.flow_model.latent_shape(*self.size))
+        latents = 4 * math.prod(self.counter.latent_shape)
         if isinstance(self.args, SRPOConfig):
             return choices.batch_size * 3 * latents
         images = self.args.generation_batch_size // choices.processes
@@ -348,7 +353,8 @@ class Planner:
     @cached_property
     def _score(self) -> Cost:
         costs = [self.counter.score(1, _scorer(reward)) for reward in self.rewards if reward.model is not None]
-        return Cost(max((cost.bytes for cost in costs), default=0), sum(cost.flops for cost in costs))
+        times = max(1, (self.num_frames or 1) // FRAMES_TOGETHER)
+        return Cost(max((cost.bytes for cost in costs), default=0), times * sum(cost.flops for cost in costs))
 
     @cached_property
     def _updates(self) -> dict[tuple[bool, bool, bool], Cost]:
@@ -520,7 +526,7 @@ class Planner:
         disk = {"checkpoints": checkpoint * max(kept, 1)}
         if args.log_samples and args.max_steps > 0 and args.logging_steps >= 1:
             pictures = args.max_steps // int(args.logging_steps) * args.num_samples_to_log
-            disk["samples"] = pictures * self.size[0] * self.size[1] * 3
+            disk["samples"] = pictures * (self.num_frames or 1) * self.size[0] * self.size[1] * 3
         if args.cache_prompt_embeds:
             disk["embeddings, at most"] = round(args.prompt_cache_gib * GIB)
         return disk
@@ -559,4 +565,10 @@ def _bytes(module: torch.nn.Module) -> int:
 def _scorer(reward: RewardSize, checkpointing: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
     if checkpointing:
         reward.model.enable_gradient_checkpointing()
-    return lambda images: reward.model.score(images, ["a prompt"] * len(images))
+
+    def score(images: torch.Tensor) -> torch.Tensor:
+        # The frames of a video are scored some at a time, and those before are computed again for a gradient.
+        frames = images if images.ndim == 4 else images.flatten(0, 1)[:FRAMES_TOGETHER]
+        return reward.model.score(frames, ["a prompt"] * len(frames))
+
+    return score

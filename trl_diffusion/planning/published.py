@@ -114,6 +114,22 @@ _QWEN_IMAGE = _model(
     ("AutoencoderKLQwenImage", {}),
     {"text_encoder": 8_292_166_656},
 )
+_UMT5 = 5_680_910_336
+_WAN_5B_VAE = {
+    "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12,
+    "patch_size": 2, "scale_factor_spatial": 16, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48,
+}  # fmt: skip
+
+
+def _wan(
+    transformer: dict[str, Any], vae: dict[str, Any] | None = None, pipeline: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    return _model(
+        "WanPipeline", ("WanTransformer3DModel", transformer), ("AutoencoderKLWan", vae or {}), {"text_encoder": _UMT5},
+        pipeline,
+    )  # fmt: skip
+
+
 _Z_IMAGE = _model(
     "ZImagePipeline",
     ("ZImageTransformer2DModel", {}),
@@ -125,11 +141,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "black-forest-labs/FLUX.1-dev": _flux(),
     "black-forest-labs/FLUX.1-schnell": _flux(guidance_embeds=False),
     "black-forest-labs/FLUX.1-Krea-dev": _flux(),
+    "black-forest-labs/FLUX.1-Kontext-dev": {**_flux(), "pipeline_class": "FluxKontextPipeline"},
     "stabilityai/stable-diffusion-3.5-medium": _sd35_medium(),
     "stabilityai/stable-diffusion-3.5-large": _sd35_large(),
     "stabilityai/stable-diffusion-3.5-large-turbo": _sd35_large(),
     "Qwen/Qwen-Image": _QWEN_IMAGE,
     "Qwen/Qwen-Image-2512": _QWEN_IMAGE,
+    "Qwen/Qwen-Image-Edit": {**_QWEN_IMAGE, "pipeline_class": "QwenImageEditPipeline"},
+    "Qwen/Qwen-Image-Edit-2509": {**_QWEN_IMAGE, "pipeline_class": "QwenImageEditPlusPipeline"},
     "lodestones/Chroma1-HD": _model(
         "ChromaPipeline",
         ("ChromaTransformer2DModel", {}),
@@ -158,6 +177,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "black-forest-labs/FLUX.2-klein-4B": _klein(*_KLEIN_4B, True),
     "black-forest-labs/FLUX.2-klein-base-9B": _klein(*_KLEIN_9B, False),
     "black-forest-labs/FLUX.2-klein-9B": _klein(*_KLEIN_9B, True),
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _wan({"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": _wan({}),
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": _wan(
+        {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48},
+        _WAN_5B_VAE,
+        {"expand_timesteps": True},
+    ),
     "Tongyi-MAI/Z-Image": _Z_IMAGE,
     "Tongyi-MAI/Z-Image-Turbo": _Z_IMAGE,
 }
