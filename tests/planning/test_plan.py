@@ -24,7 +24,6 @@ import yaml
 from datasets import Dataset
 from diffusers import FluxPipeline
 from peft import LoraConfig
-from PIL import Image
 from tiny_models import (
     tiny_chroma_pipeline,
     tiny_flux2_klein_pipeline,
@@ -32,7 +31,6 @@ from tiny_models import (
     tiny_flux_kontext_pipeline,
     tiny_flux_pipeline,
     tiny_krea2_pipeline,
-    tiny_qwen_image_edit_plus_pipeline,
     tiny_qwen_image_pipeline,
     tiny_sana_pipeline,
     tiny_sd3_pipeline,
@@ -44,11 +42,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trl_diffusion import ChunkGRPOConfig, ChunkGRPOTrainer, SRPOTrainer
 from trl_diffusion.cli.plan import DOES_NOT_FIT_STATUS, main, memory_size, sharding_of
-from trl_diffusion.data.prompt_images import with_image
 from trl_diffusion.models import load_flow_model
 from trl_diffusion.planning.configurations import fake_flow_model, read_configurations
 from trl_diffusion.planning.counting import Counter, Tally
-from trl_diffusion.planning.plan import Planner, usable
+from trl_diffusion.planning.plan import CONTEXT_BYTES, FRAGMENTATION, Planner
 from trl_diffusion.planning.published import PUBLISHED
 from trl_diffusion.rewards import RewardModel
 
@@ -64,8 +61,6 @@ FAMILIES = {
     "flux2-klein": tiny_flux2_klein_pipeline,
     "z-image": tiny_z_image_pipeline,
     "wan": tiny_wan_pipeline,
-    "flux-kontext": tiny_flux_kontext_pipeline,
-    "qwen-image-edit-plus": tiny_qwen_image_edit_plus_pipeline,
 }
 LORA = LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v"])
 
@@ -80,7 +75,7 @@ def deeper_pipeline(**changes):
 
 def medium_pipeline():
     """Large enough that nothing but the network matters."""
-    return deeper_pipeline(num_layers=3, num_single_layers=5, num_attention_heads=16)
+    return deeper_pipeline(num_layers=2, num_single_layers=3, num_attention_heads=16)
 
 
 @pytest.fixture
@@ -106,12 +101,10 @@ def test_what_is_counted_is_what_the_real_modules_do(saved, family):
     """Forward, update and decode of each family, real tensors against those without memory."""
     pipeline = FAMILIES[family]()
     real = load_flow_model(pipeline)
-    prompt = with_image("a cat", Image.new("RGB", (64, 64))) if real.takes_image else "a cat"
-    row, (found,) = real.empty_row(), real.encode_rows([prompt])
+    row, (found,) = real.empty_row(), real.encode_rows(["a cat"])
     assert {name: tensor.dtype for name, tensor in row.items()} == {n: t.dtype for n, t in found.items()}
     for name, tensor in row.items():
-        if name != "image_latents":  # which the image decides
-            assert tensor.shape[name in real.variable_length :] == found[name].shape[name in real.variable_length :]
+        assert tensor.shape[name in real.variable_length :] == found[name].shape[name in real.variable_length :]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = fake_flow_model(read_configurations(saved(pipeline)), mode, torch.float32)
     fake.max_sequence_length = real.max_sequence_length = min(real.max_sequence_length, 64)
@@ -133,6 +126,18 @@ def test_what_is_counted_is_what_the_real_modules_do(saved, family):
         assert a.flops == b.flops > 0
         # Networks this small hold little but what a block needs at once; see the medium ones below.
         assert b.bytes == pytest.approx(a.bytes, rel=0.15)
+
+
+def test_the_image_that_is_edited_is_counted(saved):
+    """About a million pixels beside those that are drawn."""
+    costs = []
+    for build in (tiny_flux_pipeline, tiny_flux_kontext_pipeline):
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        flow_model = fake_flow_model(read_configurations(saved(build())), mode, torch.float32)
+        flow_model.max_sequence_length = 48
+        costs.append(Counter(flow_model, mode, flow_model.denoiser, (64, 64), 3.5).forward(1))
+    plain, editing = costs
+    assert editing.flops > 10 * plain.flops and editing.bytes > 10 * plain.bytes
 
 
 def test_blocks_that_are_not_run_cost_what_the_others_do(saved):
@@ -179,10 +184,9 @@ RUNS = {
     [
         ("own-noise", tiny_flux_pipeline, LORA),
         ("window", tiny_flux_pipeline, LORA),
-        ("off-policy", medium_pipeline, LORA),
+        ("off-policy", tiny_flux_pipeline, LORA),
         ("chunk_grpo", medium_pipeline, False),
         ("srpo", medium_pipeline, LORA),
-        ("srpo", medium_pipeline, False),
     ],
 )
 def test_memory_and_work_are_those_of_a_run(saved, tmp_path, name, build, peft_config):
@@ -229,8 +233,9 @@ def test_memory_and_work_are_those_of_a_run(saved, tmp_path, name, build, peft_c
     )
     with FlopCounterMode(display=False) as flops:
         trainer.train()
-    # The logged norm of a LoRA takes a few.
-    assert flops.get_total_flops() == pytest.approx(args.max_steps * sum(plan.work.values()), rel=1e-3)
+    # The logged norm of a LoRA takes a few, and the reference is without it.
+    rel = 0.01 if name == "off-policy" else 1e-3
+    assert flops.get_total_flops() == pytest.approx(args.max_steps * sum(plan.work.values()), rel=rel)
     if name in ("chunk_grpo", "own-noise"):
         # All rows of the network: of the rollout and of the update.
         rows = planner.trained_rows_per_image
@@ -251,6 +256,33 @@ def test_memory_and_work_are_those_of_a_run(saved, tmp_path, name, build, peft_c
     assert measured == pytest.approx(update["activations"], rel=0.05 if build is medium_pipeline else 0.2)
 
 
+@pytest.mark.parametrize("changes", [{}, {"activation_checkpointing": False, "chunk_gradient": "streamed"}])
+def test_a_remedy_gives_the_peak_that_it_says(saved, tmp_path, changes):
+    """Each setting, with those before it, is written into the settings and planned again."""
+    configurations = read_configurations(saved(deeper_pipeline(num_attention_heads=16)))
+    configurations = dataclasses.replace(configurations, text_encoders={})
+    settings = {
+        "output_dir": str(tmp_path), "use_cpu": True, "height": 64, "width": 64, "per_device_train_batch_size": 4,
+        **CHUNK_GRPO, **changes,
+    }  # fmt: skip
+    planner = Planner(configurations, ChunkGRPOConfig(**settings), [], LORA)
+    plan = planner.plan(memory=CONTEXT_BYTES + 1)
+    assert not plan.fits and len(plan.remedies) >= 3
+    peaks = [plan.peak, *(remedy.peak for remedy in plan.remedies)]
+    assert peaks == sorted(peaks, reverse=True)
+    found = []
+    for remedy in plan.remedies:
+        if remedy.settings.startswith("--"):
+            break
+        settings |= yaml.safe_load("{" + remedy.settings + "}")
+        again = Planner(configurations, ChunkGRPOConfig(**settings), [], LORA).plan()
+        assert again.peak == remedy.peak, remedy.settings
+        found += remedy.settings.split(": ")[:1]
+    assert found[0] == ("chunk_gradient" if not changes else "per_device_train_batch_size")
+    just_enough = CONTEXT_BYTES + round(plan.peak / (1 - FRAGMENTATION)) + 1
+    assert planner.plan(memory=just_enough).fits and not planner.plan(memory=just_enough - 2).fits
+
+
 def run_plan(capsys, *arguments):
     status = main(arguments)
     return status, capsys.readouterr().out
@@ -259,9 +291,9 @@ def run_plan(capsys, *arguments):
 @pytest.fixture
 def config_file(tmp_path, saved):
     values = {
-        "model_name_or_path": str(saved(medium_pipeline())), "dataset_name": "shapes", "reward_funcs": ["shapes-judge"],
-        "height": 64, "width": 64, "num_inference_steps": 5, "chunk_sizes": [1, 3], "num_generations": 4,
-        "per_device_train_batch_size": 4, "max_steps": 10, "activation_checkpointing": False, "bf16": False,
+        "model_name_or_path": str(saved(tiny_flux_pipeline())), "dataset_name": "shapes", "reward_funcs": ["shapes-judge"],
+        "height": 16, "width": 16, "num_inference_steps": 5, "chunk_sizes": [1, 3], "num_generations": 4,
+        "per_device_train_batch_size": 4, "max_steps": 10, "bf16": False,
     }  # fmt: skip
 
     def write(**changes):
@@ -273,30 +305,16 @@ def config_file(tmp_path, saved):
 
 
 class TestCommand:
-    def test_what_fits_and_what_does_not(self, capsys, config_file):
-        status, output = run_plan(capsys, "chunk_grpo", "--config", config_file(), "--json", "-")
-        plan = json.loads(output)
-        assert status == 0 and plan["fits"] is None and plan["remedies"] == []
-        needed = 1024 + round(plan["peak"] / usable(2 * 2**30) * 1024) + 1  # MiB, with what an accelerator keeps
-        status, output = run_plan(capsys, "chunk_grpo", "--config", config_file(), "--memory", f"{needed}MB")
-        assert status == 0 and "it fits" in output
-        status, output = run_plan(capsys, "chunk_grpo", "--config", config_file(), "--memory", f"{needed - 3}MB")
-        assert status == DOES_NOT_FIT_STATUS and "it does not fit" in output
-
-    def test_a_remedy_gives_the_peak_that_it_says(self, capsys, config_file):
-        """Each setting, with those before it, is written into the file and planned again."""
-        status, output = run_plan(capsys, "chunk_grpo", "--config", config_file(), "--memory", "1026MB", "--json", "-")
-        plan = json.loads(output)
-        assert status == DOES_NOT_FIT_STATUS and len(plan["remedies"]) >= 3
-        peaks = [plan["peak"], *(remedy["peak"] for remedy in plan["remedies"])]
-        assert peaks == sorted(peaks, reverse=True)
-        changes = {}
-        for remedy in plan["remedies"]:
-            if remedy["settings"].startswith("--"):
-                break
-            changes |= yaml.safe_load("{" + remedy["settings"] + "}")
-            _, output = run_plan(capsys, "chunk_grpo", "--config", config_file(**changes), "--json", "-")
-            assert json.loads(output)["peak"] == pytest.approx(remedy["peak"], rel=0.02), remedy["settings"]
+    def test_what_fits_and_what_does_not(self, capsys, config_file, tmp_path):
+        numbers = tmp_path / "plan.json"
+        status, output = run_plan(
+            capsys, "chunk_grpo", "--config", config_file(), "--memory", "1100MB", "--json", str(numbers)
+        )
+        plan = json.loads(numbers.read_text())
+        assert status == 0 and "it fits" in output and plan["fits"] and plan["remedies"] == []
+        assert f"The peak is {plan['peak'] / 2**30:.1f} GiB" in output
+        status, output = run_plan(capsys, "chunk_grpo", "--config", config_file(), "--memory", "1024MB")
+        assert status == DOES_NOT_FIT_STATUS and "it does not fit" in output and "What would lower it" in output
 
     def test_hours_and_price(self, capsys, config_file):
         arguments = ["chunk_grpo", "--config", config_file(), "--tflops", "2", "--utilisation", "0.5", "--price", "3"]

@@ -58,25 +58,30 @@ class Tally(TorchDispatchMode):
 
     Args:
         known (`Iterable[torch.Tensor]`): tensors that were there before, whose storages do not count.
+        fake (`bool`, *optional*, defaults to `False`): whether tensors are without memory. These are in circles of
+            references, unlike real ones, which go when they are done with.
 
     Attributes:
         now, peak (`int`): bytes that exist, and the most that existed at once.
         flops (`int`): by PyTorch's formulas.
     """
 
-    def __init__(self, known: Iterable[torch.Tensor]):
+    def __init__(self, known: Iterable[torch.Tensor], fake: bool = False):
         super().__init__()
+        self._fake = fake
         self.now = self.peak = self.flops = 0
         self._sizes: dict[int, int] = {}
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __enter__(self):
-        gc.collect()
-        gc.freeze()  # what is there already need not be looked through at each peak
+        if self._fake:
+            gc.collect()
+            gc.freeze()  # what is there already need not be looked through at each peak
         return super().__enter__()
 
     def __exit__(self, *error):
-        gc.unfreeze()
+        if self._fake:
+            gc.unfreeze()
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -93,8 +98,8 @@ class Tally(TorchDispatchMode):
                     self.now += storage.nbytes()
                     weakref.finalize(storage, self._release, key)
         if self.now > self.peak:
-            # Tensors without memory are in circles of references, unlike real ones, which go when they are done with.
-            gc.collect()
+            if self._fake:
+                gc.collect()
             self.peak = max(self.peak, self.now)
         return result
 
@@ -221,7 +226,7 @@ class Counter:
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         known = [tensor for module in self.modules for tensor in (*module.parameters(), *module.buffers())]
         with self.mode, torch.set_grad_enabled(gradient):
-            tally = Tally([*known, *inputs])
+            tally = Tally([*known, *inputs], fake=isinstance(self.mode, FakeTensorMode))
             # Gradients are counted beside the weights: from the second term on they are there before.
             hooks = [
                 parameter.register_post_accumulate_grad_hook(lambda parameter: tally.forget(parameter.grad))

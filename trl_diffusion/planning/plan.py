@@ -17,7 +17,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -294,9 +294,17 @@ class Planner:
         update = {**held, "gradients": gradients, "buffers": buffers, "latents": states}
         if isinstance(args, SRPOConfig):
             update |= {"VAE": vae, "rewards": rewards}
-        update["activations"] = self._rows_of_a_term(choices) * self._update(choices).bytes
+        update["activations"] = self._activations_of_update(choices)
         phases["update"] = update
         return {phase: {part: value for part, value in parts.items() if value > 0} for phase, parts in phases.items()}
+
+    def _activations_of_update(self, choices: Choices) -> int:
+        rows = self._rows_of_a_term(choices)
+        if not self.full or rows == 1:
+            return rows * self._update(choices).bytes
+        # Gradients of weights on their way do not grow with the rows.
+        one, two = self._update(choices).bytes, self._update(choices, rows=2).bytes
+        return one + (rows - 1) * (two - one)
 
     def _frozen_bytes(self, choices: Choices) -> float:
         if choices.quantization is None:
@@ -357,28 +365,28 @@ class Planner:
         return Cost(max((cost.bytes for cost in costs), default=0), times * sum(cost.flops for cost in costs))
 
     @cached_property
-    def _updates(self) -> dict[tuple[bool, bool, bool], Cost]:
+    def _updates(self) -> dict[tuple[bool, bool, bool, int], Cost]:
         return {}
 
-    def _update(self, choices: Choices) -> Cost:
-        key = choices.checkpointing, choices.vae_checkpointing, choices.reward_checkpointing
+    def _update(self, choices: Choices, rows: int = 1) -> Cost:
+        key = choices.checkpointing, choices.vae_checkpointing, choices.reward_checkpointing, rows
         if key not in self._updates:
-            self._updates[key] = self._count_update(choices)
+            self._updates[key] = self._count_update(choices, rows)
         return self._updates[key]
 
-    def _count_update(self, choices: Choices) -> Cost:
+    def _count_update(self, choices: Choices, rows: int) -> Cost:
         if choices.checkpointing:
             self.flow_model.enable_gradient_checkpointing()
         else:
             self.flow_model.denoiser.disable_gradient_checkpointing()
         if not isinstance(self.args, SRPOConfig):
-            return self.counter.update(1)
+            return self.counter.update(rows)
         if choices.vae_checkpointing:
             self.flow_model.enable_vae_gradient_checkpointing()
         scorers = [
             _scorer(reward, choices.reward_checkpointing) for reward in self.rewards if reward.model is not None
         ]
-        costs = [self.counter.align(1, scorer) for scorer in scorers or [lambda images: images.mean((1, 2, 3))]]
+        costs = [self.counter.align(rows, scorer) for scorer in scorers or [lambda images: images.flatten(1).mean(1)]]
         return Cost(max(cost.bytes for cost in costs), max(cost.flops for cost in costs))
 
     # ---- What would make it fit ----
@@ -413,13 +421,13 @@ class Planner:
         batch = choices.batch_size
         while batch > 1 and batch % 2 == 0:
             batch //= 2
-            step(
-                True,
-                f"per_device_train_batch_size: {batch}, gradient_accumulation_steps: "
-                f"{choices.accumulation * choices.batch_size // batch}",
-                "the same update, smaller forwards",
-                batch_size=batch,
-                accumulation=choices.accumulation * choices.batch_size // batch,
+            steps.append(
+                (
+                    f"per_device_train_batch_size: {batch}, gradient_accumulation_steps: "
+                    f"{choices.accumulation * choices.batch_size // batch}",
+                    "the same update, smaller forwards",
+                    partial(self._with_batch, batch=batch),
+                )
             )
         step(not choices.checkpointing, "activation_checkpointing: true", "a third more work", checkpointing=True)
         step(
@@ -442,6 +450,16 @@ class Planner:
                     sharding="fsdp2", processes=processes, quantization=None,
                 )  # fmt: skip
         return steps
+
+    def _with_batch(self, choices: Choices, batch: int) -> Choices:
+        """The same images of an optimizer step in smaller micro-batches, which rollouts have too unless they have their own."""
+        rollout = choices.rollout_batch_size
+        return replace(
+            choices,
+            batch_size=batch,
+            accumulation=choices.accumulation * choices.batch_size // batch,
+            rollout_batch_size=min(rollout, batch) if self.args.rollout_batch_size is None else rollout,
+        )
 
     # ---- Work ----
 
