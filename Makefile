@@ -67,6 +67,7 @@ campaigns: $(INSTALLED_ALL)
 	PYTHONPATH=tests $(BIN)/python tests/campaigns/full_disk.py
 	PYTHONPATH=tests $(BIN)/python tests/campaigns/exits.py --launches 100
 	PYTHONPATH=tests $(BIN)/python tests/campaigns/resizing.py
+	PYTHONPATH=tests $(BIN)/python tests/campaigns/plans.py
 
 lint: $(INSTALLED_ALL)
 	$(BIN)/ruff check .

@@ -37,7 +37,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,13 +46,14 @@ from accelerate.utils import is_deepspeed_available
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
 import trl_diffusion
 from trl_diffusion import ChunkGRPOConfig, ChunkGRPOTrainer, shapes
 from trl_diffusion.models import FluxFlowModel
+from trl_diffusion.planning.counting import Tally
+from trl_diffusion.planning.plan import sharded
 from trl_diffusion.runtime.sharding import BUCKET_SIZES
 
 
@@ -119,34 +119,6 @@ def activations(size: Size, images: int, bytes_per_value: int) -> int:
 # ---- The measurement ----
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that were made inside and still exist, and their largest sum."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes: dict[int, int] = {}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in self.sizes and key not in self.known:
-                    self.sizes[key] = storage.nbytes()
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self.release, key)
-        return result
-
-    def release(self, key: int) -> None:
-        self.now -= self.sizes.pop(key)
-
-    def ignore(self, tensors) -> None:
-        self.known = {tensor.untyped_storage()._cdata for tensor in tensors}
-
-
 def bytes_of(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -179,8 +151,7 @@ def measure(size: Size, rank: int | None, images: int, dtype: torch.dtype, check
         "img_ids": torch.zeros(size.image_tokens, 3),
         "txt_ids": torch.zeros(size.text_tokens, 3),
     }
-    live = LiveBytes()
-    live.ignore([*network.parameters(), *network.buffers(), *inputs.values()])
+    live = Tally([*network.parameters(), *network.buffers(), *inputs.values()])
     with live:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = network(**inputs, return_dict=False)[0].float().square().mean()
@@ -253,27 +224,19 @@ class Weights:
 
 def sharded_formula(config: str, weights: Weights, dtype: torch.dtype, processes: int) -> dict[str, float]:
     """Bytes of one process; "step" and "terms" are the sums right before a step, and between two terms of the loss."""
-    frozen, trained, width = weights.frozen, weights.trained, dtype.itemsize
-    bucket = BUCKET_SIZES["reduce_bucket_size"] * width
-    if config == "multi_gpu":
-        # Autocast leaves the trained weights in float32; DDP's buckets are a second copy of the gradients.
-        parameters, gradients, optimizer = width * frozen + 4 * trained, 4 * trained, 8 * trained
-        step = terms = parameters + gradients + optimizer + 4 * trained
-    elif config == "fsdp2":
-        # Cast to `dtype` layer by layer.
-        parameters = (width * frozen + 4 * trained) / processes
-        gradients, optimizer = 4 * trained / processes, 8 * trained / processes
-        step = terms = parameters + gradients + optimizer
-    else:
-        # DeepSpeed has all weights in `dtype`, and a float32 copy of the trained ones with the optimizer, also where
-        # `dtype` is float32. A bucket lives during a backward pass in stages 1 and 2, always in stage 3.
-        parameters = width * (frozen + trained)
-        gradients, optimizer = width * trained / processes, 12 * trained / processes
-        if config == "zero3":
-            parameters = parameters / processes + width * weights.persistent
-        step = terms = parameters + gradients + optimizer + (bucket if config == "zero3" else 0)
-        if config == "zero1":
-            terms = parameters + width * trained + optimizer + bucket
+    width = dtype.itemsize
+    parts = sharded(config, width * weights.frozen, weights.trained, width, processes)
+    parameters = parts["frozen weights"] + parts["trained weights"]
+    if config == "zero3":
+        parameters += width * weights.persistent
+    # Before the step, ZeRO-1 has a share of the gradients; a bucket lives during a backward pass in stages 1 and 2.
+    gradients = parts["gradients"] / (processes if config == "zero1" else 1)
+    optimizer = parts["optimizer"]
+    step = terms = parameters + gradients + optimizer
+    if config in ("multi_gpu", "zero3"):
+        step = terms = step + parts["buffers"]
+    if config == "zero1":
+        terms = parameters + parts["gradients"] + optimizer + parts["buffers"]
     return {"parameters": parameters, "gradients": gradients, "optimizer": optimizer, "step": step, "terms": terms}
 
 

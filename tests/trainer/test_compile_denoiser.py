@@ -103,6 +103,15 @@ class Block(torch.nn.Module):
         return x.sin() + 1
 
 
+def test_batches_of_any_size_have_one_graph():
+    network = torch.nn.Module()
+    network.blocks = torch.nn.ModuleList([Block()])
+    compile_blocks(network, backend="eager")
+    for size in (4, 5, 7):
+        network.blocks[0](torch.ones(size, 3))
+    assert compiled_graphs() == 1
+
+
 def test_more_ways_than_pytorch_compiles_by_default():
     network = torch.nn.Module()
     network.blocks = torch.nn.ModuleList([Block()])

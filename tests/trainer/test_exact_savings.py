@@ -135,3 +135,14 @@ def test_forwards_per_image_by_hand(make_trainer, family, settings, rollout, upd
     (log,) = (log for log in trainer.state.log_history if "loss" in log)
     images = 8 * settings["max_steps"] // settings.get("num_iterations", 1)
     assert log["forwards_per_image"] == pytest.approx((rollout + update) / images)
+
+
+def test_every_process_knows_the_places_of_the_others_images(make_trainer, monkeypatch):
+    """Together the rows of three processes are all images once, each optimizer step's behind those of the step before."""
+    trainer = make_trainer(per_device_train_batch_size=2, gradient_accumulation_steps=2, num_generations=4)
+    size = trainer.args.consecutive_images
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 3)
+    places = [trainer._global_index(2 * size, process) for process in range(3)]
+    assert sorted(sum(places, [])) == list(range(6 * size))
+    assert places[1] == [*range(size, 2 * size), *range(4 * size, 5 * size)]
+    assert trainer._global_index(2 * size) == places[0]

@@ -22,7 +22,13 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from trl_diffusion.trainer.measures import RunningMetrics, duplicate_share, lora_update_norm, picture_digests
+from trl_diffusion.trainer.measures import (
+    RunningMetrics,
+    duplicate_share,
+    lora_update_norm,
+    mean_of_known,
+    picture_digests,
+)
 
 
 def test_means_and_maxima_without_what_is_nan():
@@ -77,3 +83,8 @@ def test_equal_pictures_of_a_group_are_counted():
     assert duplicate_share(digests.view(2, 4)) == 0.5
     assert duplicate_share(digests.view(1, 8)) == 5 / 8
     assert duplicate_share(digests.view(4, 2)) == 0.5
+
+
+def test_mean_of_what_is_known():
+    assert mean_of_known([1.0, math.nan, 4.0]) == 2.5
+    assert math.isnan(mean_of_known([math.nan, math.nan]))

@@ -132,7 +132,7 @@ def usable(memory: int) -> float:
 
 
 def sharded(
-    sharding: str, frozen_bytes: float, frozen: int, trained: int, width: int, processes: int, optimizer_bytes: int
+    sharding: str, frozen_bytes: float, trained: int, width: int, processes: int, optimizer_bytes: int = 8
 ) -> dict[str, int]:
     """
     Bytes of weights, gradients and optimizer of one process, by docs/memory.md.
@@ -140,10 +140,11 @@ def sharded(
     Args:
         sharding (`str`): one of `SHARDINGS`.
         frozen_bytes (`float`): of all frozen weights.
-        frozen, trained (`int`): numbers of weights.
+        trained (`int`): number of trained weights.
         width (`int`): bytes of a value in the dtype of the network: DeepSpeed has trained weights in it too.
         processes (`int`): how many share.
-        optimizer_bytes (`int`): bytes that the optimizer keeps a trained weight, without a copy of it.
+        optimizer_bytes (`int`, *optional*, defaults to `8`): bytes that the optimizer keeps a trained weight, without a
+            copy of it.
     """
     n = processes
     bucket = BUCKET_SIZES["reduce_bucket_size"] * width
@@ -313,7 +314,7 @@ class Planner:
 
     def _resident(self, choices: Choices) -> dict[str, int]:
         parts = sharded(
-            choices.sharding, self._frozen_bytes(choices), self.frozen, self.trained, self.width, choices.processes,
+            choices.sharding, self._frozen_bytes(choices), self.trained, self.width, choices.processes,
             self._optimizer_bytes,
         )  # fmt: skip
         copies = 4 * self.trained * (self.args.ema_decay is not None)
