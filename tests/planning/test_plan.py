@@ -370,6 +370,8 @@ def test_published_sizes(model):
     flow_model = fake_flow_model(
         read_configurations(model), FakeTensorMode(allow_non_fake_inputs=True), torch.bfloat16
     )
+    is_distilled = any(name in model for name in ("urbo", "schnell", "klein-4B", "klein-9B"))
+    assert flow_model.has_guidance == (not is_distilled)
     weights = sum(parameter.numel() for parameter in flow_model.denoiser.parameters())
     assert weights / 1e9 == pytest.approx(expected, rel=0.02)
 

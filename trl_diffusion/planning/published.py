@@ -44,7 +44,7 @@ _SANA_VAE = {
     "decoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
     "scaling_factor": 0.41407,
 }
-_EULER = ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_dynamic_shifting": True})
+_EULER = "FlowMatchEulerDiscreteScheduler"
 _CLIP_L, _CLIP_G, _T5 = 123_060_480, 694_659_840, 4_762_310_656
 
 
@@ -54,10 +54,15 @@ def _model(
     vae: tuple[str, dict[str, Any]],
     text_encoders: dict[str, int],
     pipeline: dict[str, Any] | None = None,
+    scheduler: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     return {
         "pipeline_class": pipeline_class,
-        "parts": {"transformer": transformer, "vae": vae, "scheduler": _EULER},
+        "parts": {
+            "transformer": transformer,
+            "vae": vae,
+            "scheduler": (_EULER, scheduler or {"shift": 3.0, "use_dynamic_shifting": True}),
+        },
         "text_encoders": text_encoders,
         "pipeline": pipeline or {},
     }
@@ -130,12 +135,15 @@ def _wan(
     )  # fmt: skip
 
 
-_Z_IMAGE = _model(
-    "ZImagePipeline",
-    ("ZImageTransformer2DModel", {}),
-    ("AutoencoderKL", _FLUX_VAE),
-    {"text_encoder": 4_022_468_096},
-)
+def _z_image(shift: float) -> dict[str, Any]:
+    return _model(
+        "ZImagePipeline",
+        ("ZImageTransformer2DModel", {}),
+        ("AutoencoderKL", _FLUX_VAE),
+        {"text_encoder": 4_022_468_096},
+        scheduler={"shift": shift},  # by which the distilled one is known
+    )
+
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "black-forest-labs/FLUX.1-dev": _flux(),
@@ -144,7 +152,6 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "black-forest-labs/FLUX.1-Kontext-dev": {**_flux(), "pipeline_class": "FluxKontextPipeline"},
     "stabilityai/stable-diffusion-3.5-medium": _sd35_medium(),
     "stabilityai/stable-diffusion-3.5-large": _sd35_large(),
-    "stabilityai/stable-diffusion-3.5-large-turbo": _sd35_large(),
     "Qwen/Qwen-Image": _QWEN_IMAGE,
     "Qwen/Qwen-Image-2512": _QWEN_IMAGE,
     "Qwen/Qwen-Image-Edit": {**_QWEN_IMAGE, "pipeline_class": "QwenImageEditPipeline"},
@@ -184,7 +191,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         _WAN_5B_VAE,
         {"expand_timesteps": True},
     ),
-    "Tongyi-MAI/Z-Image": _Z_IMAGE,
-    "Tongyi-MAI/Z-Image-Turbo": _Z_IMAGE,
+    "Tongyi-MAI/Z-Image": _z_image(6.0),
+    "Tongyi-MAI/Z-Image-Turbo": _z_image(3.0),
 }
 """Hub id: pipeline class, parts as (class, configuration), weights of text encoders, and arguments of the pipeline."""
