@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from ..trainer import ChunkGRPOConfig, DiffusionConfig, SRPOConfig
+from ..trainer import ChunkGRPOConfig, DiffusionConfig, OnlineConfig, SRPOConfig
 from . import training
 from .errors import OneLineErrors
 from .launch import config_path
@@ -101,7 +101,7 @@ def planned(config_class: type[DiffusionConfig], processes: int) -> type[Diffusi
         config_class._resolve_batches(self, processes)
 
     attributes = {"__doc__": config_class.__doc__, "world_size": property(lambda self: processes)}
-    if hasattr(config_class, "_resolve_batches"):
+    if issubclass(config_class, OnlineConfig):
         attributes["_resolve_batches"] = resolve_batches
     return type(config_class.__name__, (config_class,), attributes)
 

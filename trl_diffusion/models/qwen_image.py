@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from diffusers import QwenImagePipeline
 
-from .base import FlowModel
-from .vae_gradients import clamp_with_inward_gradient
+from .video_vae import VideoVAEFlowModel
 
 
-class QwenImageFlowModel(FlowModel):
+class QwenImageFlowModel(VideoVAEFlowModel):
     """
     Qwen-Image, with true guidance whose result keeps the norm of each token.
 
@@ -39,11 +38,6 @@ class QwenImageFlowModel(FlowModel):
     variable_length = ("prompt_embeds",)
     default_guidance_scale = 4.0
     max_sequence_length = 512
-
-    def __init__(self, pipeline: QwenImagePipeline):
-        super().__init__(pipeline)
-        # This VAE clamps what it decodes; after this one its own clamp changes nothing.
-        self.vae.decoder.register_forward_hook(lambda module, args, output: clamp_with_inward_gradient(output, -1, 1))
 
     def is_unused(self, name: str) -> bool:
         # The last block's answer for the text goes nowhere.
@@ -92,13 +86,6 @@ class QwenImageFlowModel(FlowModel):
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         factor = self.pipeline.vae_scale_factor
         return (self.vae.config.z_dim, 1, height // factor, width // factor)
-
-    def latent_statistics(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, std = (
-            torch.tensor(values).view(1, -1, 1, 1, 1).to(like)
-            for values in (self.vae.config.latents_mean, self.vae.config.latents_std)
-        )
-        return mean, 1 / std
 
     def _pack(self, latents: torch.Tensor) -> torch.Tensor:
         num, channels, _, height, width = latents.shape

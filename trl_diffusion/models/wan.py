@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from diffusers import WanPipeline
 
-from .base import FlowModel
-from .vae_gradients import clamp_with_inward_gradient
+from .video_vae import VideoVAEFlowModel
 
 
-class WanFlowModel(FlowModel):
+class WanFlowModel(VideoVAEFlowModel):
     """
     Wan 2.1 and 2.2, text to video, with true guidance: the models with one network (1.3B and 14B of 2.1, 5B of 2.2).
 
@@ -46,8 +45,6 @@ class WanFlowModel(FlowModel):
     def __init__(self, pipeline: WanPipeline):
         self.check_pipeline(pipeline.config)
         super().__init__(pipeline)
-        # This VAE clamps what it decodes; after this one its own clamp changes nothing.
-        self.vae.decoder.register_forward_hook(lambda module, args, output: clamp_with_inward_gradient(output, -1, 1))
 
     @classmethod
     def check_pipeline(cls, config: Mapping[str, Any]) -> None:
@@ -107,10 +104,3 @@ class WanFlowModel(FlowModel):
         factor = self.pipeline.vae_scale_factor_spatial
         num_latent_frames = (num_frames - 1) // self.temporal_downsample + 1
         return (self.vae.config.z_dim, num_latent_frames, height // factor, width // factor)
-
-    def latent_statistics(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, std = (
-            torch.tensor(values).view(1, -1, 1, 1, 1).to(like)
-            for values in (self.vae.config.latents_mean, self.vae.config.latents_std)
-        )
-        return mean, 1 / std

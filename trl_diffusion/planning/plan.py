@@ -219,6 +219,7 @@ class Planner:
             self.flow_model, self.mode, self.network, self.size, guidance, torch.bfloat16 if args.bf16 else None,
             [reward.model for reward in self.rewards if reward.model is not None], self.num_frames,
         )  # fmt: skip
+        self._updates: dict[tuple[bool, bool, bool, int], Cost] = {}
         is_srpo = isinstance(args, SRPOConfig)
         self.choices = Choices(
             batch_size=args.per_device_train_batch_size,
@@ -364,10 +365,6 @@ class Planner:
         costs = [self.counter.score(1, _scorer(reward)) for reward in self.rewards if reward.model is not None]
         times = max(1, (self.num_frames or 1) // FRAMES_TOGETHER)
         return Cost(max((cost.bytes for cost in costs), default=0), times * sum(cost.flops for cost in costs))
-
-    @cached_property
-    def _updates(self) -> dict[tuple[bool, bool, bool, int], Cost]:
-        return {}
 
     def _update(self, choices: Choices, rows: int = 1) -> Cost:
         key = choices.checkpointing, choices.vae_checkpointing, choices.reward_checkpointing, rows

@@ -51,9 +51,10 @@ class RemoteReward(BlackBoxReward):
     A black-box reward that asks a server, e.g. `trl-diffusion reward-server`.
 
     An image is sent as a PNG in base64: `POST {url}/score` with `{"images": [...], "prompts": [...], "columns":
-    {...}}`, where a picture in a column is `{"png": "..."}`, answered by `{"scores": [...]}`, one number an image, or null where the reward does not apply. Where a
-    server cannot be reached, is too slow, overloaded (429), failing (5xx) or breaks off its answer, the batch is sent
-    again after a pause that doubles; after the last retry, and at once for any other wrong answer, the call fails. A
+    {...}}`, where a picture in a column is `{"png": "..."}`, answered by `{"scores": [...]}`, one number an image, or null
+    where the reward does not apply. Where a server cannot be reached, is too slow, overloaded (429), failing (5xx) or
+    breaks off its answer, the batch is sent again after a pause that doubles; after the last retry, and at once for any
+    other wrong answer, the call fails. A
     batch is scored whole or not at all, so no score is made up and none counts twice.
 
     Args:
