@@ -15,6 +15,7 @@
 
 import dataclasses
 import functools
+import gc
 import json
 from contextlib import nullcontext
 
@@ -22,7 +23,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, Krea2Transformer2DModel
 from peft import LoraConfig
 from tiny_models import (
     tiny_chroma_pipeline,
@@ -138,6 +139,33 @@ def test_the_image_that_is_edited_is_counted(saved):
         costs.append(Counter(flow_model, mode, flow_model.denoiser, (64, 64), 3.5).forward(1))
     plain, editing = costs
     assert editing.flops > 10 * plain.flops and editing.bytes > 10 * plain.bytes
+
+
+def test_weights_have_the_dtypes_of_a_loaded_model(saved):
+    """Krea 2 keeps its norms in float32."""
+    folder = saved(tiny_krea2_pipeline())
+    real = Krea2Transformer2DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.bfloat16)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = fake_flow_model(read_configurations(folder), mode, torch.bfloat16).denoiser
+    dtypes = {name: parameter.dtype for name, parameter in real.named_parameters()}
+    assert {name: parameter.dtype for name, parameter in fake.named_parameters()} == dtypes
+    assert set(dtypes.values()) == {torch.bfloat16, torch.float32}
+
+
+def test_garbage_is_not_counted():
+    """What is in a circle of references is gone before it makes a peak, and a peak stays."""
+    gc.disable()
+    try:
+        with FakeTensorMode(), Tally([], fake=True) as tally:
+            large = torch.empty(1000)
+            del large
+            circle = [torch.empty(600)]
+            circle.append(circle)
+            del circle
+            last = torch.empty(500)  # with the circle more than the first
+    finally:
+        gc.enable()
+    assert tally.peak == 4 * 1000 and tally.now == 4 * len(last)
 
 
 def test_blocks_that_are_not_run_cost_what_the_others_do(saved):
