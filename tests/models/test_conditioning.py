@@ -396,6 +396,14 @@ def test_another_vae_has_other_entries_where_images_are_encoded():
     assert key(tiny_flux_pipeline, 0) == key(tiny_flux_pipeline, 1)
 
 
+@pytest.mark.parametrize(("build", "differs"), [(tiny_flux_kontext_pipeline, True), (tiny_flux_pipeline, False)])
+def test_a_folder_with_another_vae_has_other_entries_where_images_are_encoded(tmp_path, build, differs):
+    build().save_pretrained(tmp_path)
+    before = open_prompt_store(load_flow_model(tmp_path), 1).key
+    os.utime(tmp_path / "vae" / "diffusion_pytorch_model.safetensors", (1, 1))
+    assert (open_prompt_store(load_flow_model(tmp_path), 1).key != before) == differs
+
+
 def test_negative_prompts_of_images_come_and_go_with_their_window():
     """Guidance leads away from the negative prompt on the very image that is edited."""
     flow_model = load_flow_model(tiny_qwen_image_edit_plus_pipeline(), negative_prompt="dull")
