@@ -30,7 +30,7 @@ ROOT = Path(trl_diffusion.__file__).parent
 # Rooms by their height: each imports rooms below it, those of the middle each other as well. What is not listed is new.
 LEAVES = {"flow", "objectives", "data", "shapes", "paths", "version"}
 MIDDLE = {"models", "rewards", "evaluation", "hub", "metrics", "runtime"}
-HEIGHT = {**dict.fromkeys(LEAVES, 0), **dict.fromkeys(MIDDLE, 1), "trainer": 2, "planning": 3, "cli": 4}
+HEIGHT = {**dict.fromkeys(LEAVES, 0), **dict.fromkeys(MIDDLE, 1), "planning": 2, "trainer": 3, "cli": 4}
 EXCEPTIONS: set[tuple[str, str]] = set()
 # "trl_diffusion.rewards.ocr:OCRReward" and ".trainer": modules that are imported by name.
 DOTTED = re.compile(r"(trl_diffusion\.[\w.]+|\.\w[\w.]*)(:\w+)?")

@@ -14,11 +14,11 @@
 
 """
 Where the memory of an update goes: bytes of parameters, gradients, optimizer and activations, measured on random FLUX
-networks of several sizes and compared with the formula of docs/memory.md, which is then applied to FLUX.1-dev.
+networks of several sizes and compared with the formula of docs/memory.md; then what is planned for FLUX.1-dev.
 
 ```bash
 python examples/benchmarks/memory.py              # measure on the CPU, some minutes
-python examples/benchmarks/memory.py --paper      # only apply the formula to FLUX.1-dev
+python examples/benchmarks/memory.py --paper      # only what is planned for FLUX.1-dev
 # Two processes on the CPU under DDP, ZeRO and FSDP2, ten minutes; tests/sitecustomize.py lets FSDP2 run there.
 PYTHONPATH=tests python examples/benchmarks/memory.py --sharded
 ```
@@ -52,8 +52,9 @@ from transformers import TrainerCallback
 import trl_diffusion
 from trl_diffusion import ChunkGRPOConfig, ChunkGRPOTrainer, shapes
 from trl_diffusion.models import FluxFlowModel
+from trl_diffusion.planning.configurations import read_configurations
 from trl_diffusion.planning.counting import Tally
-from trl_diffusion.planning.plan import sharded
+from trl_diffusion.planning.plan import Planner, sharded
 from trl_diffusion.runtime.sharding import BUCKET_SIZES
 
 
@@ -428,32 +429,45 @@ def print_sharded(rank: int, processes: int = 2) -> None:
 
 
 def print_paper(rank: int) -> None:
-    """FLUX.1-dev at 1024 x 1024, bf16, in GiB for each card."""
-    gib = 2**30
-    base, lora = network_parameters(FLUX_DEV), lora_parameters(FLUX_DEV, rank)
-    print(f"FLUX.1-dev: {base / 1e9:.2f} B parameters, LoRA of rank {rank}: {lora / 1e6:.1f} M")
-    for images in (1, 4):
-        print(f"activations of {images} images at 1024 x 1024: {activations(FLUX_DEV, images, 2) / gib:.2f} GiB")
-    states = {"parameters": lora * 4, "gradients": lora * 4, "optimizer": lora * 8}
-    print(f"LoRA's parameters, gradients and optimizer: {sum(states.values()) / gib:.2f} GiB")
-    for name, bytes_per_weight in (("bf16", 2), ("int8", 1), ("nf4", 0.516)):
-        print(f"frozen base in {name}: {base * bytes_per_weight / gib:.1f} GiB")
+    """What is planned for FLUX.1-dev at 1024 x 1024 in bf16, as docs/memory.md has it, in GiB."""
+    gib, settings = 2**30, {"height": 1024, "width": 1024, "bf16": True, "use_cpu": True}
+    configurations = read_configurations("black-forest-labs/FLUX.1-dev")
+    print(
+        "|  | frozen weights | LoRA with gradients and optimizer | activations of an update, m = 1 | m = 4 | peak, m = 1 | m = 4 |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for quantization in (None, "int8", "nf4"):
+        phases = []
+        for images in (1, 4):
+            with tempfile.TemporaryDirectory() as folder:
+                args = ChunkGRPOConfig(
+                    folder, per_device_train_batch_size=images, gradient_accumulation_steps=8 // images, num_generations=8,
+                    quantization=quantization, offload_frozen=True, chunk_gradient="streamed", **settings,
+                )  # fmt: skip
+            lora = LoraConfig(r=rank, lora_alpha=rank)
+            phases.append(Planner(configurations, args, ["hpsv2"], lora).plan())
+        updates = [plan.phases["update"] for plan in phases]
+        lora = sum(updates[0][name] for name in ("trained weights", "gradients", "optimizer"))
+        row = [updates[0]["frozen weights"], lora, *(update["activations"] for update in updates)]
+        row += [plan.peak for plan in phases]
+        name = "bf16" if quantization is None else f"`{quantization}`"
+        print(f"| {name} | " + " | ".join(f"{value / gib:.1f}" for value in row) + " |", flush=True)
     # The weights that ZeRO-3 leaves whole are biases and norms, 6 MB.
-    weights = Weights(frozen=0, trained=base, persistent=0)
-    for cards in (8, 32):
-        for config in CONFIGS:
+    weights = Weights(frozen=0, trained=network_parameters(FLUX_DEV), persistent=0)
+    print(f"\nall weights, {weights.trained / 1e9:.2f} billion:")
+    for cards in (1, 8, 32):
+        for config in CONFIGS if cards > 1 else ("none",):
             expected = sharded_formula(config, weights, torch.bfloat16, cards)
             print(
-                f"all weights on {cards} cards, {config}: {expected['step'] / gib:.1f} GiB a card at the step, "
+                f"  on {cards} cards, {config}: {expected['step'] / gib:.1f} GiB a card at the step, "
                 f"{expected['terms'] / gib:.1f} between terms"
             )
-    print(f"all weights on one card: {base * 16 / gib:.0f} GiB, of which {base * 12 / gib:.0f} are the optimizer's")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, default=32, help="rank of the LoRA")
-    parser.add_argument("--paper", action="store_true", help="only apply the formula to FLUX.1-dev")
+    parser.add_argument("--paper", action="store_true", help="only what is planned for FLUX.1-dev")
     parser.add_argument("--sharded", action="store_true", help="measure two processes that share the work")
     parser.add_argument("--process", nargs=5, help=argparse.SUPPRESS)  # what `measure_sharded` launches
     arguments = parser.parse_args()

@@ -136,12 +136,18 @@ def main(arguments: Sequence[str]) -> int:
         training_parser.set_defaults(bf16=True, use_cpu=True)
         script_args, args = training_parser.parse_args_and_config(rest)
 
+        from peft import LoraConfig
+
         from ..planning.configurations import read_configurations
         from ..planning.plan import Planner
+        from ..trainer.network import DEFAULT_LORA
 
         rewards = [*script_args.reward_funcs, *(script_args.watch_reward_funcs or ())]
         configurations = read_configurations(script_args.model_name_or_path)
-        planner = Planner(configurations, args, rewards, script_args.peft_config(), sharding, processes)
+        peft_config = script_args.peft_config()
+        if peft_config is None:
+            peft_config = LoraConfig(**DEFAULT_LORA)
+        planner = Planner(configurations, args, rewards, peft_config, sharding, processes)
         plan = planner.plan(ours.memory, ours.tflops, ours.utilisation, ours.price)
     numbers = json.dumps(plan.as_dict(), indent=2)
     if ours.json == "-":
@@ -163,7 +169,7 @@ def as_text(plan: "Plan") -> str:
     rows = [(part, [values.get(part, 0) for values in plan.phases.values()]) for part in parts]
     rows.append(("sum", [sum(values.values()) for values in plan.phases.values()]))
     lines += [f"{name:{width}}" + "".join(f"{value / 2**30:10.2f}" for value in values) for name, values in rows]
-    lines += ["", verdict(plan)]
+    lines += ["", plan.summary]
     if plan.remedies:
         lines += ["", "What would lower it, each with those above it:"]
         lines += [f"  {remedy.settings}: {remedy.peak / 2**30:.1f} GiB ({remedy.cost})" for remedy in plan.remedies]
@@ -177,15 +183,3 @@ def as_text(plan: "Plan") -> str:
     for title, values in (("Disk", plan.disk), ("Memory of a process's host", plan.host)):
         lines += ["", f"{title}, GiB", *(f"  {name}: {value / 2**30:.2f}" for name, value in values.items())]
     return "\n".join([*lines, "", "Assumed", *(f"  {line}" for line in plan.assumptions)])
-
-
-def verdict(plan: "Plan") -> str:
-    """The plan in one line."""
-    phase = max(plan.phases, key=lambda name: sum(plan.phases[name].values()))
-    peak = f"The peak is {plan.peak / 2**30:.1f} GiB, in the phase '{phase}'"
-    if plan.memory is None:
-        return f"{peak}."
-    word = "fits" if plan.fits else "does not fit"
-    return (
-        f"{peak}: it {word} into {plan.memory / 2**30:g} GiB, of which {plan.usable_memory / 2**30:.1f} can be used."
-    )

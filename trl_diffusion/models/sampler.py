@@ -288,7 +288,16 @@ class Sampler:
         Images `(B, 3, H, W)`, or videos `(B, F, 3, H, W)`, in [0, 1] of clean latents, float32, without gradient,
         `batch_size` at a time.
         """
-        return torch.cat([self.flow_model.decode(part) for part in latents.split(self.batch_size)])
+        if len(latents) <= self.batch_size:
+            return self.flow_model.decode(latents)
+        images = None  # all of them, written batch by batch: a concatenation would hold them twice
+        for i, part in enumerate(latents.split(self.batch_size)):
+            decoded = self.flow_model.decode(part)
+            if images is None:
+                images = decoded.new_empty(len(latents), *decoded.shape[1:])
+            images[i * self.batch_size :][: len(part)] = decoded
+            del decoded
+        return images
 
     @torch.no_grad()
     def draw_latents(

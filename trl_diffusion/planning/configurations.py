@@ -24,7 +24,7 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import try_to_load_from_cache
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig
 
@@ -99,6 +99,19 @@ def read_configurations(model: str | os.PathLike) -> Configurations:
     return Configurations(name, arguments, parts, text_encoders, f"the files of {where}")
 
 
+def configurations_of(pipeline: DiffusionPipeline) -> Configurations:
+    """What a pipeline that is loaded would say of itself."""
+    parts, text_encoders = {}, {}
+    for name, part in pipeline.components.items():
+        if name in ("transformer", "vae", "scheduler"):
+            parts[name] = type(part), dict(part.config)
+        elif name.startswith("text_encoder") and part is not None:
+            text_encoders[name] = part.num_parameters()
+    kept = {name: value for name, value in pipeline.config.items() if not name.startswith("_")}
+    arguments = {name: value for name, value in kept.items() if name not in pipeline.components}
+    return Configurations(type(pipeline).__name__, arguments, parts, text_encoders, "the pipeline")
+
+
 def _published(model: str) -> Configurations:
     known = PUBLISHED[model]
     parts = {name: (getattr(diffusers, class_name), config) for name, (class_name, config) in known["parts"].items()}
@@ -138,8 +151,8 @@ def fake_flow_model(configurations: Configurations, mode: FakeTensorMode, dtype:
     return flow_model
 
 
-def add_lora(flow_model: FlowModel, mode: FakeTensorMode, config: LoraConfig, dtype: torch.dtype) -> PeftModel:
-    """The denoiser of a [`fake_flow_model`] with a LoRA in the dtype."""
+def add_adapter(flow_model: FlowModel, mode: FakeTensorMode, config: PeftConfig, dtype: torch.dtype) -> PeftModel:
+    """The denoiser of a [`fake_flow_model`] with an adapter in the dtype."""
     network = get_peft_model(flow_model.denoiser, config, low_cpu_mem_usage=True)
     with mode:
         for part in network.modules():

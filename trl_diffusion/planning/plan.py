@@ -13,23 +13,22 @@
 # limitations under the License.
 """Memory, work, time and price of a run, and what would make it fit."""
 
-import itertools
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
-from typing import Any
+from functools import cache, cached_property, partial
+from typing import Any, Literal
 
 import torch
-from peft import LoraConfig
+from peft import PeftConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import TrainingArguments
 
-from ..flow.chunks import chunk_steps, equal_chunk_sizes
+from ..rewards import Reward
 from ..rewards.frames import FRAMES_TOGETHER
 from ..runtime.sharding import BUCKET_SIZES
-from ..trainer import ChunkGRPOConfig, DiffusionConfig, SRPOConfig
-from ..trainer.network import DEFAULT_LORA
-from .configurations import Configurations, add_lora, fake_flow_model
+from .configurations import Configurations, add_adapter, fake_flow_model
 from .counting import Cost, Counter
 from .rewards import RewardSize, reward_size
 
@@ -122,6 +121,18 @@ class Plan:
     def fits(self) -> bool | None:
         return None if self.memory is None else self.peak <= self.usable_memory
 
+    @property
+    def summary(self) -> str:
+        """The peak in one line."""
+        phase = max(self.phases, key=lambda name: sum(self.phases[name].values()))
+        peak = f"The peak is {self.peak / GIB:.1f} GiB, in the phase '{phase}'"
+        if self.memory is None:
+            return f"{peak}."
+        word = "fits" if self.fits else "does not fit"
+        return (
+            f"{peak}: it {word} into {self.memory / GIB:g} GiB, of which {self.usable_memory / GIB:.1f} can be used."
+        )
+
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "peak": self.peak, "fits": self.fits}
 
@@ -168,23 +179,29 @@ class Planner:
 
     Args:
         configurations ([`Configurations`]): of the model.
-        args ([`~trl_diffusion.ChunkGRPOConfig`] or [`~trl_diffusion.SRPOConfig`]): settings of the run, for all processes.
-        rewards (`Sequence`): specifications of the rewards, those that are watched as well.
-        peft_config ([`~peft.LoraConfig`] or `False`, *optional*): as for a trainer.
+        args ([`~trl_diffusion.DiffusionConfig`]): settings of the run, for all processes.
+        rewards (`Sequence`): the rewards or their specifications, those that are watched as well.
+        peft_config ([`~peft.PeftConfig`] or `False`): the adapter, or `False` to train all weights.
         sharding (`str`, *optional*): one of `SHARDINGS`.
         processes (`int`, *optional*): of the run.
+
+    Raises:
+        `ValueError`: the method does not tell its workload, or a size that the model does not have.
     """
 
     def __init__(
         self,
         configurations: Configurations,
-        args: DiffusionConfig,
-        rewards: Sequence[str | Mapping[str, Any]],
-        peft_config: LoraConfig | bool | None = None,
+        args: TrainingArguments,
+        rewards: Sequence[str | Mapping[str, Any] | Reward],
+        peft_config: PeftConfig | Literal[False],
         sharding: str = "none",
         processes: int = 1,
     ):
         self.args = args
+        self.workload = args.workload()
+        if self.workload is None:
+            raise ValueError(f"{type(args).__name__} does not tell its workload, so its runs cannot be planned.")
         self.configurations = configurations
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.full = peft_config is False
@@ -197,10 +214,10 @@ class Planner:
         if self.full:
             self.network.requires_grad_(True)
         else:
-            config = peft_config or LoraConfig(**DEFAULT_LORA, target_modules=self.flow_model.lora_target_modules)
+            config = copy.copy(peft_config)
             if config.target_modules is None:
                 config.target_modules = self.flow_model.lora_target_modules
-            self.network = add_lora(self.flow_model, self.mode, config, torch.float32)
+            self.network = add_adapter(self.flow_model, self.mode, config, torch.float32)
         self.flow_model.freeze_unused(self.network)
         self.trained = sum(parameter.numel() for parameter in self.network.parameters() if parameter.requires_grad)
         self.rewards: list[RewardSize] = [reward_size(spec, self.mode) for spec in rewards]
@@ -219,17 +236,18 @@ class Planner:
             self.flow_model, self.mode, self.network, self.size, guidance, torch.bfloat16 if args.bf16 else None,
             [reward.model for reward in self.rewards if reward.model is not None], self.num_frames,
         )  # fmt: skip
-        self._updates: dict[tuple[bool, bool, bool, int], Cost] = {}
-        is_srpo = isinstance(args, SRPOConfig)
+        # By the number of rows, and the update by its settings.
+        self._forward, self._decode = cache(self.counter.forward), cache(self.counter.decode)
+        self._score, self._update = cache(self._count_score), cache(self._count_update)
         self.choices = Choices(
             batch_size=args.per_device_train_batch_size,
             accumulation=args.gradient_accumulation_steps,
             rollout_batch_size=args.rollout_batch_size or args.per_device_train_batch_size,
             checkpointing=bool(args.activation_checkpointing),
-            streamed=not is_srpo and args.chunk_gradient == "streamed",
+            streamed=bool(self.workload.streamed),
             offload=args.offload_frozen,
-            vae_checkpointing=is_srpo and args.vae_gradient_checkpointing,
-            reward_checkpointing=is_srpo and args.reward_gradient_checkpointing,
+            vae_checkpointing=self.workload.through_rewards and args.vae_gradient_checkpointing,
+            reward_checkpointing=self.workload.through_rewards and args.reward_gradient_checkpointing,
             quantization=None if self.full else args.quantization,
             sharding=sharding,
             processes=processes,
@@ -241,6 +259,7 @@ class Planner:
         tflops: float | None = None,
         utilisation: float = 0.4,
         price: float | None = None,
+        with_remedies: bool = True,
     ) -> Plan:
         """
         The plan of the run.
@@ -250,12 +269,13 @@ class Planner:
             tflops (`float`, *optional*): its speed in 10^12 operations a second.
             utilisation (`float`, *optional*, defaults to `0.4`): share of that speed that a training reaches.
             price (`float`, *optional*): of an accelerator an hour.
+            with_remedies (`bool`, *optional*, defaults to `True`): look for what would make a run fit that does not.
         """
         plan = Plan(
             self.configurations.source, self._phases(self.choices), self._disk(), self._host(), self._work(),
             self._assumptions(), memory,
         )  # fmt: skip
-        if plan.fits is False:
+        if plan.fits is False and with_remedies:
             plan.remedies = self._remedies(memory, plan.peak)
         if tflops is not None:
             rate = tflops * 1e12 * utilisation * self.choices.processes
@@ -279,7 +299,8 @@ class Planner:
         beside = {} if choices.offload else {"VAE": vae, "rewards": rewards}
         held = {**resident, **beside}
         rows = choices.rollout_batch_size
-        states = self._states_of_a_generation(choices)
+        states = self._held_images(choices) * self.workload.held_latents * 4 * math.prod(self.counter.latent_shape)
+        images = self._held_images(choices) * self._image_bytes
         gathered = 0
         if choices.sharding == "zero3" and args.ds3_gather_for_rollout:
             whole = self._frozen_bytes(choices) + self.width * self.trained
@@ -288,25 +309,27 @@ class Planner:
         phases = {
             "prompts": {**held, "text encoders": encoders},
             "rollout": {
-                **held, "gathered weights": gathered, "activations": rows * self._forward.bytes, "latents": states,
+                **held, "gathered weights": gathered, "activations": self._forward(rows).bytes, "latents": states,
             },
-            "decode": {**held, "VAE": vae, "activations": rows * self._decode.bytes, "latents": states},
-            "reward": {**held, "rewards": rewards, "activations": rows * self._score.bytes, "latents": states},
+            "decode": {
+                **held, "VAE": vae, "activations": self._decode(rows).bytes, "latents": states,
+                "images": images if images > rows * self._image_bytes else 0,
+            },
+            "reward": {
+                **held, "rewards": rewards, "activations": self._score(rows).bytes, "latents": states, "images": images,
+            },
         }  # fmt: skip
         update = {**held, "gradients": gradients, "buffers": buffers, "latents": states}
-        if isinstance(args, SRPOConfig):
+        if self.workload.through_rewards:
             update |= {"VAE": vae, "rewards": rewards}
-        update["activations"] = self._activations_of_update(choices)
+        update["activations"] = self._update_of(choices).bytes
+        if self._rows_of_a_term(choices) > choices.batch_size and self.flow_model.is_guided(
+            self.counter.guidance_scale
+        ):
+            # Of the micro-batch, with those of the negative prompt, beside those that a term repeats.
+            update["embeddings"] = 2 * choices.batch_size * self._row_bytes
         phases["update"] = update
         return {phase: {part: value for part, value in parts.items() if value > 0} for phase, parts in phases.items()}
-
-    def _activations_of_update(self, choices: Choices) -> int:
-        rows = self._rows_of_a_term(choices)
-        if not self.full or rows == 1:
-            return rows * self._update(choices).bytes
-        # Gradients of weights on their way do not grow with the rows.
-        one, two = self._update(choices).bytes, self._update(choices, rows=2).bytes
-        return one + (rows - 1) * (two - one)
 
     def _frozen_bytes(self, choices: Choices) -> float:
         if choices.quantization is None:
@@ -319,7 +342,7 @@ class Planner:
             self._optimizer_bytes,
         )  # fmt: skip
         copies = 4 * self.trained * (self.args.ema_decay is not None)
-        if self.full and getattr(self.args, "beta", 0) > 0:
+        if self.full and self.workload.has_reference:
             copies += 4 * self.trained
         if copies:
             parts["other policies"] = copies // (1 if choices.sharding in ("none", "multi_gpu") else choices.processes)
@@ -332,58 +355,44 @@ class Planner:
             return 2
         return next((size for start, size in _OPTIMIZERS.items() if name.startswith(start)), 8)
 
-    def _states_of_a_generation(self, choices: Choices) -> int:
-        latents = 4 * math.prod(self.counter.latent_shape)
-        if isinstance(self.args, SRPOConfig):
-            return choices.batch_size * 3 * latents
-        images = self.args.generation_batch_size // choices.processes
-        return images * (max(map(len, self._draws)) + 2) * latents
+    def _held_images(self, choices: Choices) -> int:
+        images = self.workload.held_images
+        return choices.batch_size if images is None else images // choices.processes
+
+    @property
+    def _image_bytes(self) -> int:
+        return 4 * 3 * (self.num_frames or 1) * math.prod(self.size)
 
     def _rows_of_a_term(self, choices: Choices) -> int:
-        args = self.args
-        if isinstance(args, SRPOConfig) or choices.streamed:
-            return choices.batch_size
-        if args.train_window is not None:
-            return choices.batch_size * args.window_chunk
-        if args.chunk_sizes == "temporal":
-            longest = args.num_inference_steps - 1 - (args.num_chunks - 1) * args.min_chunk_size
-            return choices.batch_size * longest
-        return choices.batch_size * max(args.chunk_sizes)
+        return choices.batch_size * (1 if choices.streamed else self.workload.term_rows)
 
-    # ---- One row of each computation ----
+    # ---- What each computation costs ----
 
-    @cached_property
-    def _forward(self) -> Cost:
-        return self.counter.forward(1)
-
-    @cached_property
-    def _decode(self) -> Cost:
-        return self.counter.decode(1)
-
-    @cached_property
-    def _score(self) -> Cost:
-        costs = [self.counter.score(1, _scorer(reward)) for reward in self.rewards if reward.model is not None]
+    def _count_score(self, rows: int) -> Cost:
+        costs = [self.counter.score(rows, _scorer(reward)) for reward in self.rewards if reward.model is not None]
         times = max(1, (self.num_frames or 1) // FRAMES_TOGETHER)
         return Cost(max((cost.bytes for cost in costs), default=0), times * sum(cost.flops for cost in costs))
 
-    def _update(self, choices: Choices, rows: int = 1) -> Cost:
-        key = choices.checkpointing, choices.vae_checkpointing, choices.reward_checkpointing, rows
-        if key not in self._updates:
-            self._updates[key] = self._count_update(choices, rows)
-        return self._updates[key]
+    def _update_of(self, choices: Choices) -> Cost:
+        return self._update(
+            choices.checkpointing,
+            choices.vae_checkpointing,
+            choices.reward_checkpointing,
+            self._rows_of_a_term(choices),
+        )
 
-    def _count_update(self, choices: Choices, rows: int) -> Cost:
-        if choices.checkpointing:
+    def _count_update(
+        self, checkpointing: bool, vae_checkpointing: bool, reward_checkpointing: bool, rows: int
+    ) -> Cost:
+        if checkpointing:
             self.flow_model.enable_gradient_checkpointing()
         else:
             self.flow_model.denoiser.disable_gradient_checkpointing()
-        if not isinstance(self.args, SRPOConfig):
+        if not self.workload.through_rewards:
             return self.counter.update(rows)
-        if choices.vae_checkpointing:
+        if vae_checkpointing:
             self.flow_model.enable_vae_gradient_checkpointing()
-        scorers = [
-            _scorer(reward, choices.reward_checkpointing) for reward in self.rewards if reward.model is not None
-        ]
+        scorers = [_scorer(reward, reward_checkpointing) for reward in self.rewards if reward.model is not None]
         costs = [self.counter.align(rows, scorer) for scorer in scorers or [lambda images: images.flatten(1).mean(1)]]
         return Cost(max(cost.bytes for cost in costs), max(cost.flops for cost in costs))
 
@@ -404,7 +413,7 @@ class Planner:
 
     def _steps_down(self) -> list[tuple[str, str, Callable[[Choices], Choices]]]:
         """Settings that save memory, in the order of what they cost."""
-        choices, is_srpo = self.choices, isinstance(self.args, SRPOConfig)
+        choices, through_rewards = self.choices, self.workload.through_rewards
         steps: list[tuple[str, str, Callable[[Choices], Choices]]] = []
 
         def step(condition: bool, text: str, cost: str, **changes: Any) -> None:
@@ -412,7 +421,7 @@ class Planner:
                 steps.append((text, cost, lambda choices: replace(choices, **changes)))
 
         step(
-            not is_srpo and not choices.streamed, "chunk_gradient: streamed", "the same update, smaller forwards",
+            self.workload.streamed is False, "chunk_gradient: streamed", "the same update, smaller forwards",
             streamed=True,
         )  # fmt: skip
         step(choices.rollout_batch_size > 1, "rollout_batch_size: 1", "smaller forwards", rollout_batch_size=1)
@@ -429,11 +438,11 @@ class Planner:
             )
         step(not choices.checkpointing, "activation_checkpointing: true", "a third more work", checkpointing=True)
         step(
-            is_srpo and not choices.vae_checkpointing, "vae_gradient_checkpointing: true", "a second decode",
+            through_rewards and not choices.vae_checkpointing, "vae_gradient_checkpointing: true", "a second decode",
             vae_checkpointing=True,
         )  # fmt: skip
         step(
-            is_srpo and not choices.reward_checkpointing, "reward_gradient_checkpointing: true",
+            through_rewards and not choices.reward_checkpointing, "reward_gradient_checkpointing: true",
             "a second forward of the reward", reward_checkpointing=True,
         )  # fmt: skip
         step(not choices.offload, "offload_frozen: true", "transfers in each step", offload=True)
@@ -461,73 +470,23 @@ class Planner:
 
     # ---- Work ----
 
-    @cached_property
-    def _draws(self) -> list[list[int]]:
-        """The trained transitions of generations that are alike probable, and together all that there are."""
-        args = self.args
-        if args.train_window is not None:
-            offsets = args.num_inference_steps - args.train_window
-            if args.window_schedule == "random":
-                offsets = max(1, offsets // 2)
-            return [[offset + step for step in range(args.train_window)] for offset in range(offsets)]
-        sizes = args.chunk_sizes
-        if sizes == "temporal":  # of sizes that the run will find
-            sizes = equal_chunk_sizes(args.num_inference_steps - 1, (args.num_inference_steps - 1) // args.num_chunks)
-        steps = chunk_steps(sizes)
-        if isinstance(args.chunk_sampling, list):
-            draws = [tuple(steps[index] for index in args.chunk_sampling)]
-        else:
-            draws = itertools.combinations(steps, max(1, int(len(steps) * args.chunk_fraction)))
-        return [sum(draw, []) for draw in draws]
-
-    @property
-    def trained_rows_per_image(self) -> float:
-        """
-        Rows of the network that an update computes, divided by its images: one a trained transition, and one a group of a
-        micro-batch as long as its images have one input.
-        """
-        args = self.args
-        rows = []
-        for steps in self._draws:
-            common = 0
-            if args.shared_noise == "group":
-                last = 0 if args.stochastic_steps == "all" else steps[0]
-                common = sum(step <= last for step in steps)
-            rows.append(len(steps) - common * (1 - 1 / min(args.num_generations, self.choices.batch_size)))
-        return sum(rows) / len(rows)
-
-    @property
-    def forwards_per_image(self) -> float:
-        """Rows of the network that a rollout computes, divided by its images: until their noise differs, a group has one."""
-        args = self.args
-        if isinstance(args, SRPOConfig) or args.shared_noise != "group":
-            return args.num_inference_steps
-        shared_by = min(args.num_generations, args.consecutive_images)
-        common = [1 if args.stochastic_steps == "all" else steps[0] + 1 for steps in self._draws]
-        return args.num_inference_steps - sum(common) / len(common) * (1 - 1 / shared_by)
-
     def _work(self) -> dict[str, float]:
-        args, choices = self.args, self.choices
+        choices, workload = self.choices, self.workload
         images = choices.batch_size * choices.accumulation * choices.processes
-        update = self._update(choices).flops
-        if isinstance(args, SRPOConfig):
-            passes = args.num_landings * len(args.branches)
-            return {
-                "rollout": images * args.num_inference_steps * self._forward.flops,
-                "decode": images * self._decode.flops,
-                "reward": images * self._score.flops,
-                "update": images * passes * update,
-            }
-        drawn = images / args.num_iterations
-        again = (args.beta > 0) + (not args.on_policy and args.old_log_probs == "recompute")
-        # Step by step, the ratio of a whole chunk is computed before, unless it is 1.
-        ratios = choices.streamed and not args.on_policy
+        drawn = images * workload.drawn
+        # Row by row, the ratio of all of them is computed before, unless it is 1.
+        ratios = choices.streamed and not workload.on_policy
+        rows = choices.rollout_batch_size
+        forward, update = (
+            self._forward(rows).flops / rows,
+            self._update_of(choices).flops / self._rows_of_a_term(choices),
+        )
         return {
-            "rollout": drawn * self.forwards_per_image * self._forward.flops,
-            "decode": drawn * self._decode.flops,
-            "reward": drawn * self._score.flops,
-            "old and reference": drawn * again * self.trained_rows_per_image * self._forward.flops,
-            "update": images * self.trained_rows_per_image * (update + ratios * self._forward.flops),
+            "rollout": drawn * workload.rollout_rows * forward,
+            "decode": drawn * self._decode(rows).flops / rows,
+            "reward": drawn * self._score(rows).flops / rows,
+            "old and reference": drawn * workload.other_rows * forward,
+            "update": images * workload.trained_rows * (update + ratios * forward),
         }
 
     # ---- Disk and host ----
@@ -548,17 +507,17 @@ class Planner:
         return disk
 
     def _host(self) -> dict[str, int]:
-        row = sum(tensor.numel() for tensor in self._empty_row.values()) * self.width
         return {
             "network while it loads": self.frozen_bytes or 4 * self.trained,
             "text encoders": sum(self.configurations.text_encoders.values()) * self.width,
-            "embeddings": -(-self.args.prompt_window // self.choices.processes) * row,
+            "embeddings": -(-self.args.prompt_window // self.choices.processes) * self._row_bytes,
         }
 
     @cached_property
-    def _empty_row(self) -> dict[str, torch.Tensor]:
+    def _row_bytes(self) -> int:
+        """Of the embeddings of a prompt."""
         with self.mode:
-            return self.flow_model.empty_row()
+            return self.width * sum(tensor.numel() for tensor in self.flow_model.empty_row().values())
 
     def _assumptions(self) -> list[str]:
         lines = [
@@ -568,8 +527,7 @@ class Planner:
             "work is that of products, convolutions and attention; memory of text encoders at work is not counted",
             "samples are counted as uncompressed pictures",
         ]
-        if isinstance(self.args, ChunkGRPOConfig) and self.args.chunk_sizes == "temporal":
-            lines.append("the longest chunk that a temporal layout can have is the one that is trained")
+        lines += self.workload.notes
         lines += [f"not counted: {reward.note}" for reward in self.rewards if reward.note is not None]
         return lines
 

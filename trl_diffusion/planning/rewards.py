@@ -21,7 +21,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPModel
 
-from ..rewards import RewardModel
+from ..rewards import Reward, RewardModel
+from ..rewards.base import reward_name
 from ..rewards.hpsv2 import OFFICIAL_SIZES, HPSv2Reward, clip_config
 from ..rewards.pretrained import without_autocast
 from ..rewards.specification import DTYPES, parse_spec
@@ -86,8 +87,13 @@ class _ClipTowers(HPSv2Reward):
         return self.model.get_text_features(torch.ones(len(prompts), length, dtype=torch.long)).pooler_output
 
 
-def reward_size(spec: str | Mapping[str, Any], mode: FakeTensorMode) -> RewardSize:
-    """The size of a reward by its specification."""
+def reward_size(spec: str | Mapping[str, Any] | Reward, mode: FakeTensorMode) -> RewardSize:
+    """The size of a reward, or of the one that a specification means."""
+    if isinstance(spec, RewardModel):
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in spec.parameters())
+        return RewardSize(reward_name(spec), weights, None, f"the work and activations of {reward_name(spec)}")
+    if not isinstance(spec, str | Mapping):
+        return RewardSize(reward_name(spec), 0, None, f"all of {reward_name(spec)}")
     parsed = parse_spec(spec)
     name, dtype = parsed.name, DTYPES.get(str(parsed.options.get("dtype")), torch.float32)
     if name in _CLIPS:

@@ -25,6 +25,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 from transformers.utils.versions import require_version
 
+from ..planning.workload import Workload
 from ..runtime.process_group import destroy_process_group_at_exit
 from .config_checks import check_settings_act, check_types
 
@@ -581,6 +582,19 @@ class DiffusionConfig(TrainingArguments):
     def consecutive_images(self) -> int:
         """Images of a process that follow one another in the order of all processes' images."""
         return self.per_device_train_batch_size
+
+    @property
+    def sharding(self) -> str:
+        """How processes share the training, as [`~trl_diffusion.planning.plan.SHARDINGS`] names it."""
+        if self.deepspeed_plugin is not None:
+            return f"zero{self.deepspeed_plugin.zero_stage}"
+        if self._uses_fsdp:
+            return "fsdp2"
+        return "multi_gpu" if self.world_size > 1 else "none"
+
+    def workload(self) -> Workload | None:
+        """What the method computes and holds, so that its runs can be planned. `None`, the default: it is not known."""
+        return None
 
     def check_optimizer_with_modes(self, name: str) -> None:
         """

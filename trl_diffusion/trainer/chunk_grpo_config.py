@@ -14,10 +14,13 @@
 
 """Settings of [`ChunkGRPOTrainer`]."""
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from ..flow import DEFAULT_ETA, equal_chunk_sizes
+from ..flow import DEFAULT_ETA, chunk_steps, equal_chunk_sizes
+from ..planning.workload import Workload
 from .online_config import OnlineConfig
 
 
@@ -421,3 +424,66 @@ class ChunkGRPOConfig(OnlineConfig):
                 raise ValueError(f"chunk_sampling {sampling!r} must name distinct chunks among 0 to {num_chunks - 1}.")
             sampling = indices
         self.chunk_sampling = sampling
+
+    # ---- For a plan ----
+
+    def workload(self) -> Workload:
+        """
+        What a run computes and holds. A generation trains what its chunk or window draws, each alike probable; its images have
+        one input a group as long as their noise is the same.
+        """
+        draws = self._draws()
+        trained_rows = sum(map(self._trained_rows, draws)) / len(draws)
+        again = (self.beta > 0) + (not self.on_policy and self.old_log_probs == "recompute")
+        temporal = "the longest chunk that a temporal layout can have is the one that is trained"
+        return Workload(
+            rollout_rows=sum(map(self._rollout_rows, draws)) / len(draws),
+            trained_rows=trained_rows,
+            other_rows=again * trained_rows,
+            term_rows=self._longest_chunk(),
+            held_latents=max(map(len, draws)) + 2,
+            held_images=self.generation_batch_size,
+            drawn=1 / self.num_iterations,
+            has_reference=self.beta > 0,
+            streamed=self.chunk_gradient == "streamed",
+            on_policy=self.on_policy,
+            notes=(temporal,) if self.train_window is None and self.chunk_sizes == "temporal" else (),
+        )
+
+    def _draws(self) -> list[Sequence[int]]:
+        """The trained transitions of generations that are alike probable, and together all that there are."""
+        if self.train_window is not None:
+            offsets = self.num_inference_steps - self.train_window
+            if self.window_schedule == "random":
+                offsets = max(1, offsets // 2)
+            return [range(offset, offset + self.train_window) for offset in range(offsets)]
+        sizes = self.chunk_sizes
+        if sizes == "temporal":  # of sizes that the run will find
+            num_transitions = self.num_inference_steps - 1
+            sizes = equal_chunk_sizes(num_transitions, num_transitions // self.num_chunks)
+        steps = chunk_steps(sizes)
+        if isinstance(self.chunk_sampling, list):
+            draws = [tuple(steps[index] for index in self.chunk_sampling)]
+        else:
+            draws = itertools.combinations(steps, max(1, int(len(steps) * self.chunk_fraction)))
+        return [sum(draw, []) for draw in draws]
+
+    def _longest_chunk(self) -> int:
+        if self.train_window is not None:
+            return self.window_chunk
+        if self.chunk_sizes == "temporal":
+            return self.num_inference_steps - 1 - (self.num_chunks - 1) * self.min_chunk_size
+        return max(self.chunk_sizes)
+
+    def _trained_rows(self, steps: Sequence[int]) -> float:
+        if self.shared_noise != "group":
+            return len(steps)
+        last = 0 if self.stochastic_steps == "all" else steps[0]
+        common = sum(step <= last for step in steps)
+        return len(steps) - common * (1 - 1 / min(self.num_generations, self.per_device_train_batch_size))
+
+    def _rollout_rows(self, steps: Sequence[int]) -> float:
+        if self.shared_noise != "group":
+            return self.num_inference_steps
+        common = 1 if self.stochastic_steps == "all" else steps[0] + 1
+        return self.num_inference_steps - common * (1 - 1 / min(self.num_generations, self.consecutive_images))

@@ -15,23 +15,30 @@
 """What a trainer makes at its construction, from its settings: the model, what samples, and the first conditioning."""
 
 import itertools
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
 
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from diffusers import DiffusionPipeline
+from peft import PeftConfig
 
 from ..data.prompt_images import Prompt, prompt_of, prompts_in
 from ..data.sampler import GroupStream
 from ..evaluation import evaluation_share
 from ..models import Conditioning, FlowModel, Sampler, load_flow_model, open_prompt_store
 from ..models.quantization import quantization_config
+from ..planning.configurations import configurations_of
+from ..planning.plan import Planner
+from ..rewards import Reward
 from .base_config import DiffusionConfig
 
 
 logger = get_logger(__name__)
+
+# Weights of a network whose run is planned at its start: smaller ones fit, and a plan takes seconds.
+PLANNED_FROM = 100_000_000
 
 
 def load_model(
@@ -123,3 +130,35 @@ def begin_conditioning(
         prompts = dict.fromkeys(prompt_of(eval_dataset[index % len(eval_dataset)]) for index in share)
         if len(prompts) <= conditioning.window:
             conditioning.keep(prompts)
+
+
+def announce_plan(
+    flow: FlowModel,
+    args: DiffusionConfig,
+    rewards: Sequence[str | dict[str, Any] | Reward],
+    peft_config: PeftConfig | Literal[False],
+) -> None:
+    """
+    Print what a run of a large network will need of an accelerator, on the first process.
+
+    Args:
+        flow ([`FlowModel`]): the model, not yet prepared for the training.
+        args ([`DiffusionConfig`]): settings, likewise.
+        rewards (`Sequence`): the rewards or their specifications, those that are watched as well.
+        peft_config ([`~peft.PeftConfig`] or `False`): what is trained.
+    """
+    if args.process_index > 0 or args.workload() is None or flow.denoiser.num_parameters() < PLANNED_FROM:
+        return
+    if flow.denoiser.config.get("quantization_config") is not None and args.quantization is None:
+        return  # quantised by its owner, in a way that is not known here
+    planner = Planner(configurations_of(flow.pipeline), args, rewards, peft_config, args.sharding, args.world_size)
+    plan = planner.plan(_memory_of(args.device), with_remedies=False)
+    # As transformers prints its logs: whatever the level of logging.
+    print(f"{plan.summary} `trl-diffusion plan` says of what, and what would lower it.", flush=True)  # noqa: T201
+
+
+def _memory_of(device: torch.device) -> int | None:
+    """Bytes of an accelerator, where it has a memory of its own that PyTorch knows the size of."""
+    if device.type in ("cuda", "xpu"):
+        return torch.get_device_module(device).mem_get_info(device)[1]
+    return None

@@ -17,7 +17,7 @@
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch._dynamo
@@ -58,15 +58,24 @@ class _SerializableConfig(FrozenDict):
         return json.dumps(self.to_dict(), indent=2, default=str, sort_keys=True)
 
 
-def trained_network(flow: FlowModel, args: DiffusionConfig, peft_config: PeftConfig | bool | None) -> nn.Module:
+def adapter_config(flow: FlowModel, peft_config: PeftConfig | Literal[False] | None) -> PeftConfig | Literal[False]:
+    """What to train of a model, as users say it: `None` is a LoRA, which is on the attention layers unless it says where."""
+    if peft_config is False:
+        return False
+    peft_config = LoraConfig(**DEFAULT_LORA) if peft_config is None else copy.copy(peft_config)
+    if peft_config.target_modules is None:
+        peft_config.target_modules = flow.lora_target_modules
+    return peft_config
+
+
+def trained_network(flow: FlowModel, args: DiffusionConfig, peft_config: PeftConfig | Literal[False]) -> nn.Module:
     """
     The denoiser of a model, ready to be trained.
 
     Args:
         flow ([`FlowModel`]): the model.
         args ([`DiffusionConfig`]): settings; that of activation checkpointing is carried out and unset.
-        peft_config ([`~peft.PeftConfig`] or `False`, *optional*): the adapter, `None` for a LoRA on the attention layers;
-            `False` trains all weights.
+        peft_config ([`~peft.PeftConfig`] or `False`): the adapter, of [`adapter_config`]; `False` trains all weights.
 
     Raises:
         `ValueError`: all weights are to be trained, or a LoRA to be added to them, and they are quantised; or see
@@ -96,11 +105,6 @@ def trained_network(flow: FlowModel, args: DiffusionConfig, peft_config: PeftCon
     if peft_config is False:
         network = denoiser.requires_grad_(True)
     else:
-        if peft_config is None:
-            peft_config = LoraConfig(**DEFAULT_LORA, target_modules=flow.lora_target_modules)
-        elif peft_config.target_modules is None:
-            peft_config = copy.copy(peft_config)
-            peft_config.target_modules = flow.lora_target_modules
         set_seed(args.seed)  # the adapter's start is random; Trainer sets the seed only later
         # ZeRO-3 partitions parameters of one dtype; elsewhere the adapter is trained in float32.
         network = get_peft_model(denoiser, peft_config, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())

@@ -17,6 +17,7 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from ..planning.workload import Workload
 from .base_config import DiffusionConfig
 
 
@@ -334,3 +335,17 @@ class SRPOConfig(DiffusionConfig):
         choices = words[reward] if isinstance(words, dict) else words
         control = choices[step % len(choices)]
         return [self.control_template.replace("{control}", control).replace("{prompt}", prompt) for prompt in prompts]
+
+    def workload(self) -> Workload:
+        """What a run that draws its images computes and holds: each landing is one pass a branch, and a pass is a term."""
+        notes = ()
+        if self.estimator == "draft":
+            notes = (f"each pass of estimator='draft' is counted as one step, and goes through {self.draft_steps}",)
+        return Workload(
+            rollout_rows=self.num_inference_steps,
+            trained_rows=self.num_landings * len(self.branches),
+            term_rows=1,
+            held_latents=3,
+            through_rewards=True,
+            notes=notes,
+        )
