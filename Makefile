@@ -11,11 +11,12 @@ INSTALLED_FLOORS := $(FLOORS)/.installed
 # Processes of the suite; each uses one core.
 JOBS ?= 2
 
-.PHONY: help setup demo demo-srpo test floors campaigns docs lint format clean
+.PHONY: help setup demo demo-srpo demo-vote test floors campaigns docs lint format clean
 
 help:
 	@echo "make demo       align the small built-in FLUX on this machine and write the results to demo-chunk-grpo/"
 	@echo "make demo-srpo  the same with SRPO, to demo-srpo/"
+	@echo "make demo-vote  the same with your clicks on a page as the reward, to demo-vote/"
 	@echo "make test       run the whole test suite"
 	@echo "make floors     run the suite, but for what needs DeepSpeed, with the lowest versions that pyproject.toml allows"
 	@echo "make docs       build the documentation site into site/"
@@ -38,6 +39,9 @@ $(INSTALLED_ALL): $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(BIN)/trl-diffusion demo chunk_grpo $(DEMO_ARGS)
+
+demo-vote: $(INSTALLED)
+	$(BIN)/trl-diffusion demo vote $(DEMO_ARGS)
 
 demo-srpo: $(INSTALLED)
 	$(BIN)/trl-diffusion demo srpo $(DEMO_ARGS)

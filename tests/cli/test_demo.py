@@ -21,7 +21,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from trl_diffusion import shapes
-from trl_diffusion.cli import demo, demo_run
+from trl_diffusion.cli import demo_chunk_grpo, demo_run
 from trl_diffusion.cli.main import main
 from trl_diffusion.evaluation import compare
 from trl_diffusion.metrics.win_rate import wilson_interval
@@ -69,7 +69,7 @@ def test_table_shows_every_measure_with_its_unit():
 
 def test_curve_and_pictures_are_written(tmp_path):
     curve = [{"step": step, "reward": 0.5, "reward_std": 0.1, demo_run.WATCHED: 0.3} for step in (1, 2, 3)]
-    demo.plot_reward(curve, tmp_path / "reward.png")
+    demo_chunk_grpo.plot_reward(curve, tmp_path / "reward.png")
     images = torch.rand(3, 3, 32, 32)
     demo_run.plot_before_after(images, images, ["a small red circle"] * 3, np.ones((2, 3)), tmp_path / "pictures.png")
     for name in ("reward.png", "pictures.png"):
@@ -130,7 +130,7 @@ def test_plain_pipeline_draws_what_the_demo_measured(short_demo, model):
         prompts,
         height=32,
         width=32,
-        num_inference_steps=demo.CONFIG["num_inference_steps"],
+        num_inference_steps=demo_chunk_grpo.CONFIG["num_inference_steps"],
         guidance_scale=3.5,
         max_sequence_length=shapes.MAX_SEQUENCE_LENGTH,
         generator=[torch.Generator().manual_seed(seed) for seed in range(48)],

@@ -19,6 +19,7 @@ The truth are the means that the papers report for images of FLUX.1-dev (docs/pa
 prompts get the same score s: relu(0.7 - k s), k linear in sigma between the ends of a branch.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -107,3 +108,14 @@ def test_a_reward_beyond_the_threshold_is_refused_before_anything_loads(preset, 
     config = SRPOConfig.preset(preset, output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(ValueError, match=f"{message}.*pickscore:scale=0.05.*raise reward_threshold"):
         SRPOTrainer("no/model", reward, config, Dataset.from_list([{"prompt": "a cat"}]))
+
+
+def test_presets_and_files_say_whether_they_were_measured():
+    """A file in its first comment, and the page on the papers of each preset."""
+    for path in CONFIGS.glob("*/*.yaml"):
+        comment = path.read_text(encoding="utf-8").partition("\n\n")[0]
+        mark = "From the paper, not measured." if path.stem.endswith("_paper") else "Not measured."
+        assert comment.endswith(mark), path
+    page = (CONFIGS.parents[1] / "docs" / "papers.md").read_text(encoding="utf-8")
+    sentence = page[page.index("All presets, of both trainers, are from the papers") :].partition(".\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", sentence)) == {*ChunkGRPOConfig.PRESETS, *SRPOConfig.PRESETS}

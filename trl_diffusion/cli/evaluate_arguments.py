@@ -108,6 +108,6 @@ class EvaluateArguments(SamplingArguments):
         self.adapter_names = names
 
         with quick_imports():
-            from ..rewards import check_reward
+            from ..rewards import check_scores_apart
         for reward in self.rewards:
-            check_reward(reward)
+            check_scores_apart(reward)

@@ -37,7 +37,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..rewards import Reward, check_reward, load_reward, reward_name, score_pictures
+from ..rewards import Reward, check_scores_apart, load_reward, reward_name, score_pictures
 from ..rewards.base import RewardOutOfMemoryError
 from ..rewards.remote import PNG, TOKEN_VARIABLE
 from .errors import OneLineErrors
@@ -225,7 +225,7 @@ def main(arguments: Sequence[str]) -> int:
         "reward_batch_size": parsed.reward_batch_size,
     }
     with parser.user_errors():
-        check_reward(parsed.reward)
+        check_scores_apart(parsed.reward)
         # Before the weights load: a port that is taken should not cost minutes.
         listener = socket.create_server((parsed.host, parsed.port), family=_family(parsed.host))
         reward = load_reward(parsed.reward, **{name: value for name, value in options.items() if value is not None})

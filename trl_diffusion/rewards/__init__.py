@@ -51,6 +51,7 @@ REWARDS = {
     "remote": "trl_diffusion.rewards.remote:RemoteReward",
     "shapes-clip": "trl_diffusion.rewards.shapes_clip:ShapesCLIPReward",
     "shapes-judge": "trl_diffusion.shapes:attribute_share",
+    "vote": "trl_diffusion.rewards.vote:VoteReward",
     "vqa": "trl_diffusion.rewards.vqa:VQAReward",
 }
 # What may stand after "name:": weights, with an official default, or something that must be given.
@@ -159,6 +160,35 @@ def is_differentiable(spec: str | Mapping[str, Any] | Reward) -> bool:
         return isinstance(spec, RewardModel)
     reward = _named(parse_spec(spec), spec)
     return issubclass(reward, RewardModel) if inspect.isclass(reward) else isinstance(reward, RewardModel)
+
+
+def scores_generations(spec: str | Mapping[str, Any] | Reward) -> bool:
+    """
+    Whether a specification is a [`BlackBoxReward`] that scores whole generations of a training, or names one.
+
+    Raises:
+        As [`is_differentiable`].
+    """
+    check_reward(spec)
+    reward = _named(parse_spec(spec), spec) if isinstance(spec, str | Mapping) else spec
+    is_black_box = (
+        issubclass(reward, BlackBoxReward) if inspect.isclass(reward) else isinstance(reward, BlackBoxReward)
+    )
+    return is_black_box and reward.scores_generations
+
+
+def check_scores_apart(spec: str | Mapping[str, Any] | Reward) -> None:
+    """
+    Refuse a reward that scores whole generations where there are none.
+
+    Raises:
+        `ValueError`: it does. As [`is_differentiable`].
+    """
+    if scores_generations(spec):
+        raise ValueError(
+            f"The reward {spec!r} scores whole generations of a training with ChunkGRPOTrainer, and nothing else. Use another "
+            "reward here."
+        )
 
 
 def asks_for_column(spec: str | Mapping[str, Any] | Reward, column: str) -> bool:

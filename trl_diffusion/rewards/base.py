@@ -155,10 +155,14 @@ class BlackBoxReward:
 
     Of videos it gets a list of pictures each, as plain functions do; with `scores_frames` the pictures of all frames, whose
     scores are reduced by `frame_reduction`.
+
+    With `scores_generations` it gets all images of a generation in one call, which may take as long as it likes, and it is
+    asked in a training alone, not in its evaluations: people are such a reward.
     """
 
     name: str = _ClassName()
     scores_frames = False
+    scores_generations = False
 
 
 # A reward as users give it: a model, or a black box `f(images: list[PIL.Image], prompts: list[str], **columns)` that

@@ -18,14 +18,14 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from transformers.utils import logging
 
-from .base import MEMORY_REMEDY, Reward, RewardOutOfMemoryError, is_out_of_memory, score_images
+from .base import MEMORY_REMEDY, BlackBoxReward, Reward, RewardOutOfMemoryError, is_out_of_memory, score_images
 from .remote import RewardServerError
 
 
@@ -112,6 +112,8 @@ class Scorer:
     """
     Scores images by rewards that may fail or hang, a batch at a time.
 
+    A [`BlackBoxReward`] that scores generations gets all images at once, without a time limit and once.
+
     Args:
         batch_size (`int`): images that a reward gets together.
         device (`torch.device`): where a batch is scored; see [`call_reward`], as for the next two.
@@ -151,9 +153,12 @@ class Scorer:
         scores = []
         for name, reward in rewards.items():
             parts = []
+            together = isinstance(reward, BlackBoxReward) and reward.scores_generations
+            size = max(len(prompts), 1) if together else self.batch_size
+            ask = replace(self, timeout=None, retries=0).call if together else self.call
             with self.on_accelerator(reward):
-                for start in range(0, len(prompts), self.batch_size):
-                    rows = slice(start, start + self.batch_size)
+                for start in range(0, len(prompts), size):
+                    rows = slice(start, start + size)
                     columns_of_rows = {column: values[rows] for column, values in columns.items()}
                     call = partial(
                         score_images,
@@ -163,7 +168,7 @@ class Scorer:
                         columns_of_rows,
                         self.frame_reduction,
                     )
-                    parts.append(self.call(name, prompts[rows], call))
+                    parts.append(ask(name, prompts[rows], call))
             scores.append(torch.cat(parts))
         return torch.stack(scores, 1) if scores else images.new_zeros((len(prompts), 0), device=self.device)
 

@@ -42,7 +42,7 @@ from ..data.sampler import BucketSampler, GroupSampler, GroupStream
 from ..evaluation import Evaluator
 from ..hub import Publisher, hub_id
 from ..models import whole_weights
-from ..rewards import Reward, asks_for_column, load_rewards, to_pil
+from ..rewards import Reward, asks_for_column, load_rewards, scores_generations, to_pil
 from ..rewards.calls import Scorer, shown
 from ..runtime.offloading import FrozenModules
 from ..runtime.policies import REFERENCE
@@ -50,10 +50,10 @@ from ..runtime.updates import check_optimizer_holds
 from .base_config import DiffusionConfig
 from .callbacks import EpochCallback, SampleImagesCallback
 from .card import card_facts
-from .construction import begin_conditioning, load_model, make_sampler
+from .construction import announce_plan, begin_conditioning, load_model, make_sampler
 from .construction_checks import check_args, check_arguments, check_best_metric, check_frames, check_writable
 from .measures import RunningMetrics, Speed, lora_update_norm, mean_of_known
-from .network import adapter_settings, compiled_graphs, load_network, save_network, trained_network
+from .network import adapter_config, adapter_settings, compiled_graphs, load_network, save_network, trained_network
 from .publishing import PublishingTrainer
 
 
@@ -159,6 +159,8 @@ class DiffusionTrainer(PublishingTrainer):
             agree=lambda failure: self.stop_together(failure, "a reward"),
             frame_reduction=args.frame_reduction,
         )
+        peft_config = adapter_config(self.flow, peft_config)
+        announce_plan(self.flow, args, [*reward_specs, *watch_specs], peft_config)
         network = trained_network(self.flow, args, peft_config)
         check_optimizer_holds(optimizers[0], network)
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
@@ -410,11 +412,16 @@ class DiffusionTrainer(PublishingTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    @property
+    def _evaluated_rewards(self) -> dict[str, Reward]:
+        """The rewards that score images as they are, without those of whole generations."""
+        return {name: reward for name, reward in self.rewards.items() if not scores_generations(reward)}
+
     def _evaluation_names(self) -> list[str]:
         """The names of what `_evaluation_scores` gives."""
         return [
             "reward",
-            *(f"rewards/{name}/mean" for name in self.rewards),
+            *(f"rewards/{name}/mean" for name in self._evaluated_rewards),
             *(f"watch/{name}/mean" for name in self.watched_rewards),
         ]
 
@@ -422,12 +429,14 @@ class DiffusionTrainer(PublishingTrainer):
         self, images: torch.Tensor, prompts: list[str], columns: dict[str, list[Any]]
     ) -> dict[str, torch.Tensor]:
         """What an evaluation averages over its images, `(B,)` by name."""
-        scores = self.scorer.score(self.rewards, images, prompts, columns)
+        evaluated = self._evaluated_rewards
+        scores = self.scorer.score(evaluated, images, prompts, columns)
         watched = self.scorer.score(self.watched_rewards, images, prompts, columns)
-        total = (scores * self.reward_weights.to(scores.device)).nansum(1)
+        weights = [weight for name, weight in zip(self.rewards, self.reward_weights, strict=True) if name in evaluated]
+        total = (scores * scores.new_tensor(weights)).nansum(1)
         return {
             "reward": total,
-            **{f"rewards/{name}/mean": column for name, column in zip(self.rewards, scores.unbind(1), strict=True)},
+            **{f"rewards/{name}/mean": column for name, column in zip(evaluated, scores.unbind(1), strict=True)},
             **{
                 f"watch/{name}/mean": column
                 for name, column in zip(self.watched_rewards, watched.unbind(1), strict=True)
@@ -441,7 +450,7 @@ class DiffusionTrainer(PublishingTrainer):
             images = self.generate(prompts, range(len(prompts)))
             results["samples"] = self.publisher.save_gallery(to_pil(images), texts_of(prompts))
         if self.eval_dataset is not None and self.has_adapter and with_metrics:
-            names = {name: f"rewards/{name}/mean" for name in self.rewards}
+            names = {name: f"rewards/{name}/mean" for name in self._evaluated_rewards}
             names |= {name: f"watch/{name}/mean" for name in self.watched_rewards}
             results["metrics"] = self.evaluator.intervals(self.eval_dataset, names)
             results["metrics_note"] = (

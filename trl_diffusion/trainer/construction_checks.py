@@ -28,7 +28,7 @@ from peft import PeftConfig
 from ..data.prompts import CONDITION_IMAGE, check_prompts, column_names
 from ..hub import check_lora_config
 from ..models.quantization import check_quantization
-from ..rewards import Reward, VideoRewardModel, check_reward
+from ..rewards import Reward, VideoRewardModel, check_reward, check_scores_apart
 from ..runtime.reliable_trainer import OptimizerWithModes
 from ..runtime.updates import check_optimizers
 from .base_config import DiffusionConfig
@@ -120,6 +120,8 @@ def check_rewards(
         columns &= set(eval_dataset.column_names)
     for spec in [*trained, *watched]:
         check_reward(spec, columns)
+    for spec in watched:
+        check_scores_apart(spec)
     if args.reward_weights is not None and len(args.reward_weights) != len(trained):
         raise ValueError(
             f"reward_weights has {len(args.reward_weights)} values for {len(trained)} reward functions. Give "

@@ -51,6 +51,16 @@ class OnlineConfig(DiffusionConfig):
             has room beside the sampling. `time/decode` and `time/reward` then lie within `time/rollout`, but for what
             `time/overlap_wait` says.
 
+        > Parameters that control votes, where people are the reward
+
+        vote_host (`str`, *optional*, defaults to `"127.0.0.1"`):
+            Address on which the page of `reward_funcs="vote"` is served. By default it is seen on this machine alone;
+            `"0.0.0.0"` lets a phone in the same network vote, which needs the token of the printed address.
+        vote_port (`int`, *optional*, defaults to `8765`):
+            Its port; a free one where that is in use.
+        vote_prompts (`int`, *optional*, defaults to `4`):
+            Prompts whose picture before the training and now the page shows.
+
         > Parameters that control the advantages
 
         advantage_clip (`float`, *optional*, defaults to `5.0`):
@@ -80,6 +90,18 @@ class OnlineConfig(DiffusionConfig):
     overlap_rewards: bool = field(
         default=False,
         metadata={"help": "Decode and score the images of one rollout batch while the next is sampled."},
+    )
+
+    # Votes
+    vote_host: str = field(
+        default="127.0.0.1",
+        metadata={
+            "help": "Address on which the page of the reward 'vote' is served; 0.0.0.0 lets other machines vote."
+        },
+    )
+    vote_port: int = field(default=8765, metadata={"help": "Its port; a free one where that is in use."})
+    vote_prompts: int = field(
+        default=4, metadata={"help": "Prompts whose picture before the training and now the page shows."}
     )
 
     # Advantages
@@ -112,6 +134,10 @@ class OnlineConfig(DiffusionConfig):
                 "overlap_rewards=True uses the VAE and the rewards while the network samples, and offload_frozen=True keeps "
                 "them off the accelerator then. Set one of them."
             )
+        if not 0 <= self.vote_port <= 65535:
+            raise ValueError(f"vote_port must lie between 0 and 65535, got {self.vote_port}. 0 takes a free one.")
+        if self.vote_prompts < 0:
+            raise ValueError(f"vote_prompts must not be negative, got {self.vote_prompts}. 0 shows none.")
         if self.num_iterations < 1:
             raise ValueError(f"num_iterations must be at least 1, got {self.num_iterations}.")
         if get_int_from_env(_WORLD_SIZE_VARIABLES, 0) == 0:

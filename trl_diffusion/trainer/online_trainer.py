@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch import nn
 
@@ -32,7 +33,9 @@ from ..data.sampler import GroupSampler, GroupStream
 from ..flow import Trajectory
 from ..flow.sde import TransitionCoefficients
 from ..objectives import aggregate_advantages
+from ..rewards import Reward, scores_generations, to_pil
 from ..rewards.calls import RewardError, Scorer, raise_failure
+from ..rewards.vote import VoteReward
 from ..runtime.overlap import SideWork
 from ..runtime.policies import CURRENT
 from .base_trainer import DiffusionTrainer
@@ -40,6 +43,8 @@ from .generation import Generation
 from .measures import duplicate_share, picture_digests
 from .online_config import OnlineConfig
 
+
+logger = get_logger(__name__)
 
 # Streams of random numbers, each with its own seeds. A method's own begin with `METHOD_STREAM`.
 _INITIAL_NOISE, _SAMPLING_NOISE, METHOD_STREAM = range(3)
@@ -68,6 +73,7 @@ class OnlineTrainer(DiffusionTrainer):
         self._forwards = 0  # of this process, until they are logged
         self._micro_batches: list[Generation] | None = None
         self._columns_missing = False  # of micro-batches from a checkpoint
+        self._voters = next((reward for reward in self.rewards.values() if isinstance(reward, VoteReward)), None)
 
     # ---- What a subclass defines ----
 
@@ -100,6 +106,47 @@ class OnlineTrainer(DiffusionTrainer):
     def _upcoming_rows(self) -> Iterator[int | dict[str, Any]]:
         generation = self._images_trained // self._images_per_generation
         return self._sampler.upcoming(generation, self.accelerator.process_index)
+
+    # ---- People as the reward ----
+
+    def _check_before_loading(
+        self, args: OnlineConfig, train_dataset: Dataset | IterableDataset, reward_specs: list[str | Reward]
+    ) -> None:
+        together = [spec for spec in reward_specs if scores_generations(spec)]
+        if not together:
+            return
+        reason = f"The reward {together[0]!r} scores whole generations"
+        if args.world_size > 1:
+            raise ValueError(f"{reason}, and with {args.world_size} processes none has one. Train on one process.")
+        if args.overlap_rewards:
+            raise ValueError(f"{reason}, and overlap_rewards=True scores parts of them. Leave it at False.")
+
+    def train(self, *args, **kwargs):
+        if self._voters is None:
+            return super().train(*args, **kwargs)
+        if self.num_frames is not None:
+            raise ValueError("The reward 'vote' shows pictures, and the model makes videos. Use another reward.")
+        folder = Path(self.args.output_dir) / "votes"
+        # People take their time: SIGTERM ends the run while it waits for them.
+        self._voters.open(folder, self.args.vote_host, self.args.vote_port, meanwhile=self._stop_if_terminated)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._voters.close()
+
+    def _tell_voters(self) -> None:
+        """Where the training is, and the same pictures before it and now."""
+        step, steps = self.state.global_step, self.state.max_steps
+        strip = []
+        prompts = self.first_prompts(self.args.vote_prompts)
+        before = self._voters.pictures_before(texts_of(prompts))
+        if prompts and before is None and (self.has_adapter or step == 0):
+            before = to_pil(self.generate(prompts, range(len(prompts)), adapter_fraction=0.0))
+            self._voters.keep_pictures_before(texts_of(prompts), before)
+        if prompts and before is not None:
+            now = to_pil(self.generate(prompts, range(len(prompts))))
+            strip = list(zip(texts_of(prompts), before, now, strict=True))
+        self._voters.show(f"Optimizer step {step + 1} of {steps}", step / steps, strip)
 
     # ---- Data ----
 
@@ -164,6 +211,8 @@ class OnlineTrainer(DiffusionTrainer):
         prompts = [prompt_of(row) for row in rows]
         texts = texts_of(prompts)
         columns = self._column_reader.read(rows)
+        if self._voters is not None:
+            self._tell_voters()
         with SideWork(args.device) if args.overlap_rewards else contextlib.nullcontext() as side_work:
             on_batch = None
             if side_work is not None:
@@ -289,6 +338,9 @@ class OnlineTrainer(DiffusionTrainer):
         processes, size = self.accelerator.num_processes, args.consecutive_images
         gathered = self._gather_rows(torch.cat([scores, watched], 1))
         rewards, watched = gathered.split([scores.shape[1], watched.shape[1]], 1)
+        if rewards.isnan().all() and self._voters is not None:
+            logger.warning(f"Every group of generation {generation} was skipped, so nothing is learnt of it.")
+            return torch.zeros_like(scores[:, 0])
         if rewards.isnan().all():
             raise ValueError(
                 f"Every reward of generation {generation} is None or NaN: none of the reward functions "

@@ -1,0 +1,144 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""`trl-diffusion demo vote`: five minutes of clicking, and the embedded FLUX draws more of what was liked."""
+
+import io
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .demo_chunk_grpo import CONFIG as CHUNK_GRPO
+from .demo_run import LORA, REWARD, STYLE_MEASURES, WATCHED, Demo
+
+
+if TYPE_CHECKING:
+    from ..trainer.base_trainer import DiffusionTrainer
+
+
+VOTERS = (*STYLE_MEASURES, "attributes")
+
+# What differs from the settings of the Chunk-GRPO demo.
+CONFIG = {
+    "per_device_train_batch_size": 24,  # 3 prompts x 8 images a generation
+    "max_steps": 20,  # 60 groups to vote on
+    "lr_scheduler_type": "constant",
+}
+
+
+class VoteDemo(Demo):
+    """
+    People as the reward, or a script in their place.
+
+    Args:
+        voter (`str`, *optional*): one of `VOTERS`, a measure of the judge for which a script votes; `None` leaves the page to
+            people.
+    """
+
+    title = "votes"
+
+    def __init__(self, voter: str | None = None):
+        self.voter = voter
+        voted = {} if voter is None else {REWARD if voter == "attributes" else voter: "voted for"}
+        self.notes = {WATCHED: "watched", **dict.fromkeys(STYLE_MEASURES, "style"), **voted}
+
+    def make_trainer(self, **settings: Any) -> "DiffusionTrainer":
+        from peft import LoraConfig
+        from transformers import TrainerCallback
+
+        from .. import shapes
+        from ..rewards.vote import VoteReward
+        from ..trainer.chunk_grpo_config import ChunkGRPOConfig
+        from ..trainer.chunk_grpo_trainer import ChunkGRPOTrainer
+
+        people, voter = VoteReward(), self.voter
+
+        class Script(TrainerCallback):
+            def on_train_begin(self, *args, **kwargs) -> None:
+                threading.Thread(target=vote, args=(people.address, voter), daemon=True).start()
+
+        return ChunkGRPOTrainer(
+            model="shapes",
+            reward_funcs=people,
+            args=ChunkGRPOConfig(**{**CHUNK_GRPO, **CONFIG, **settings}),
+            train_dataset=shapes.load_dataset("train"),
+            eval_dataset=shapes.load_dataset("test"),
+            callbacks=[] if voter is None else [Script()],
+            peft_config=LoraConfig(**LORA),
+            watch_reward_funcs=[WATCHED],
+        )
+
+    def progress_line(self, logs: Mapping[str, float]) -> str | None:
+        if "rewards/vote/mean" not in logs:
+            return None
+        return f"votes {logs['rewards/vote/mean']:.2f} a picture  {WATCHED} {logs[f'watch/{WATCHED}/mean']:.3f}"
+
+    def curve(self, log_history: list[dict[str, float]]) -> list[dict[str, float]]:
+        return [
+            {"step": logs["step"], "votes": logs["rewards/vote/mean"], WATCHED: logs[f"watch/{WATCHED}/mean"]}
+            for logs in log_history
+            if "rewards/vote/mean" in logs
+        ]
+
+    def plot(self, curve: list[dict[str, float]], path: Path) -> None:
+        """Writes the mean vote of each step, and what is watched."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        above, below = figure.subplots(2, 1, sharex=True)
+        steps = [point["step"] for point in curve]
+        above.plot(steps, [point["votes"] for point in curve], "o-", color="tab:blue")
+        below.plot(steps, [point[WATCHED] for point in curve], "o-", color="tab:orange")
+        above.set_title("Votes during training")
+        above.set_ylabel("votes a picture\n(0, 1 or 2)")
+        below.set_ylabel(f"{WATCHED}\n(watched, not trained)")
+        below.set_xlabel("optimizer step")
+        for axes in (above, below):
+            axes.grid(alpha=0.3)
+        figure.savefig(path, dpi=120)
+
+
+def vote(address: str, voter: str) -> None:
+    """
+    Vote over HTTP until the page is gone: of each group the best quarter by a measure is loved, the next liked.
+
+    Args:
+        address (`str`): of the page.
+        voter (`str`): one of `VOTERS`.
+    """
+    import requests
+    from PIL import Image
+
+    from .. import shapes
+
+    session = requests.Session()
+    try:
+        while True:
+            state = session.get(f"{address}state", timeout=60).json()
+            group = next((group for group in state["groups"] if group["state"] == "open"), None)
+            if group is None:
+                time.sleep(0.2)
+                continue
+            keys = [key for key, _ in group["images"]]
+            contents = [session.get(f"{address}pictures/{key}", timeout=60).content for key in keys]
+            pictures = [Image.open(io.BytesIO(content)) for content in contents]
+            measured = shapes.judge(pictures, [group["prompt"]] * len(keys))[voter]
+            for rank, index in enumerate(measured.argsort()[::-1][: len(keys) // 2]):
+                score = 2 if rank < len(keys) // 4 else 1
+                session.post(f"{address}vote", json={"group": group["id"], "image": keys[index], "score": score})
+            session.post(f"{address}done", json={"group": group["id"]})
+    except requests.ConnectionError:
+        pass  # the training is over

@@ -1,0 +1,305 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What people have voted: on disk the moment it is cast, and found again by the pictures themselves."""
+
+import hashlib
+import io
+import json
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .preprocessing import to_rgb
+
+
+# Of a picture that nobody clicked, that was clicked, and that was clicked twice.
+SCORES = (0, 1, 2)
+VOTES_FILE, IMAGES_FOLDER, PAIRS_FOLDER = "votes.jsonl", "images", "pairs"
+
+
+def picture_key(prompt: str, picture: Image.Image) -> str:
+    """The name of a picture: of the same pixels for the same prompt it is the same, in every run."""
+    digest = hashlib.sha256(prompt.encode())
+    digest.update(f"\0{picture.width} {picture.height}\0".encode())
+    digest.update(picture.tobytes())
+    return digest.hexdigest()[:24]
+
+
+@dataclass
+class Group:
+    """
+    The pictures of a prompt that are judged together.
+
+    Attributes:
+        prompt (`str`): theirs.
+        keys (`tuple[str, ...]`): of its pictures, each once.
+        scores (`dict[str, int]`): what was voted, by key; those that are missing have 0.
+        state (`str`): `"open"`, `"done"`, or `"skipped"`, so that nothing is learnt of it.
+    """
+
+    prompt: str
+    keys: tuple[str, ...]
+    scores: dict[str, int] = field(default_factory=dict)
+    state: str = "open"
+
+    @property
+    def id(self) -> str:
+        return hashlib.sha256("\0".join([self.prompt, *self.keys]).encode()).hexdigest()[:24]
+
+
+class Ballot:
+    """
+    The votes of a run, in a folder: `votes.jsonl`, one line an act, and `images/`, what was voted on. An act is on disk before
+    it counts, so a run that is killed and resumed asks for no vote twice. It may be used from several threads.
+
+    Args:
+        folder (`str` or `Path`): made where it is missing.
+
+    Raises:
+        `ValueError`: `votes.jsonl` is not one of votes.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        (self.folder / IMAGES_FOLDER).mkdir(parents=True, exist_ok=True)
+        self._lock = threading.RLock()
+        self._acts: list[dict[str, Any]] = []
+        self._is_complete = threading.Event()
+        self.groups: list[Group] = []
+        self.version = 0
+        self._read()
+
+    def _read(self) -> None:
+        path = self.folder / VOTES_FILE
+        text = path.read_bytes() if path.exists() else b""
+        whole = text[: text.rfind(b"\n") + 1]
+        if len(whole) < len(text):  # a process was killed while it wrote the last line
+            os.truncate(path, len(whole))
+        for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
+            try:
+                act = json.loads(line)
+                if act["act"] == "undo":
+                    self._acts.pop()
+                else:
+                    self._acts.append(act)
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                raise ValueError(
+                    f"Line {number} of {path} is no vote: {line[:80]!r}. Move the file away to vote anew, or delete the line."
+                ) from error
+
+    # ---- The trainer's side ----
+
+    def ask(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
+        """
+        Ask for votes on a generation.
+
+        Args:
+            pictures (`Sequence[PIL.Image]` of length B): those of a prompt are one group.
+            prompts (`Sequence[str]` of length B): theirs.
+
+        Returns:
+            `list[str]` of length B: a key a picture, for [`scores`].
+        """
+        keys, of_prompt = [], defaultdict(dict)
+        for picture, prompt in zip(pictures, prompts, strict=True):
+            picture = to_rgb(picture)
+            key = picture_key(prompt, picture)
+            path = self.picture_path(key)
+            if not path.exists():
+                content = io.BytesIO()
+                picture.save(content, "PNG")
+                write_whole(path, content.getvalue())
+            keys.append(key)
+            of_prompt[prompt][key] = None
+        with self._lock:
+            self.groups = [Group(prompt, tuple(found)) for prompt, found in of_prompt.items()]
+            by_id = {group.id: group for group in self.groups}
+            for act in self._acts:
+                if act["group"] in by_id:
+                    self._apply(by_id[act["group"]], act)
+            self._changed()
+        return keys
+
+    def wait(self, seconds: float) -> bool:
+        """Whether every group is done or skipped, within so many seconds."""
+        return self._is_complete.wait(seconds)
+
+    def scores(self, keys: Sequence[str], prompts: Sequence[str]) -> list[float | None]:
+        """The scores of the pictures of [`ask`]; None of a group that was skipped. The groups are closed with this."""
+        with self._lock:
+            by_prompt = {group.prompt: group for group in self.groups}
+            self.groups = []
+            self._changed()
+        found = []
+        for key, prompt in zip(keys, prompts, strict=True):
+            group = by_prompt[prompt]
+            found.append(None if group.state == "skipped" else float(group.scores.get(key, 0)))
+        return found
+
+    # ---- People's side ----
+
+    def vote(self, group: str, key: str, score: int) -> None:
+        """Give a picture a score. As the other acts, it raises `KeyError` of what is not asked, or not any more."""
+        if type(score) is not int or score not in SCORES:
+            raise ValueError(f"A score must be one of {SCORES}, got {score!r}.")
+        with self._lock:
+            found = self._open_group(group)
+            if key not in found.keys:
+                raise KeyError(f"{key} is no picture of this group.")
+            self._act(found, {"act": "vote", "image": key, "score": score})
+
+    def close(self, group: str, skip: bool = False) -> None:
+        """Be done with a group, or leave it out."""
+        with self._lock:
+            self._act(self._open_group(group), {"act": "skip" if skip else "done"})
+
+    def undo(self) -> bool:
+        """Take back the last act on what is asked now; whether there was one."""
+        with self._lock:
+            by_id = {group.id: group for group in self.groups}
+            if not self._acts or self._acts[-1]["group"] not in by_id:
+                return False
+            self._append({"act": "undo"})
+            undone = self._acts.pop()
+            group = by_id[undone["group"]]
+            group.scores, group.state = {}, "open"
+            for act in self._acts:
+                if act["group"] == group.id:
+                    self._apply(group, act)
+            self._changed()
+            return True
+
+    @property
+    def num_votes(self) -> int:
+        """Groups that were done, in all runs of this folder."""
+        with self._lock:
+            return sum(act["act"] == "done" for act in self._acts)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What is asked now and what was voted on it, as JSON; `version` is another whenever that has changed."""
+        with self._lock:
+            groups = [
+                {
+                    "id": group.id, "prompt": group.prompt, "state": group.state,
+                    "images": [[key, group.scores.get(key, 0)] for key in group.keys],
+                }
+                for group in self.groups
+            ]  # fmt: skip
+            return {"groups": groups, "votes": self.num_votes, "version": self.version}
+
+    def picture_path(self, key: str) -> Path:
+        return self.folder / IMAGES_FOLDER / f"{key}.png"
+
+    def _open_group(self, group: str) -> Group:
+        found = next((each for each in self.groups if each.id == group), None)
+        if found is None or found.state != "open":
+            raise KeyError(f"The group {group} is not asked any more.")
+        return found
+
+    def _act(self, group: Group, act: dict[str, Any]) -> None:
+        act = {**act, "group": group.id}
+        if act["act"] == "done":  # what the pairs are made of
+            act |= {"prompt": group.prompt, "scores": {key: group.scores.get(key, 0) for key in group.keys}}
+        self._append(act)
+        self._acts.append(act)
+        self._apply(group, act)
+        self._changed()
+
+    @staticmethod
+    def _apply(group: Group, act: dict[str, Any]) -> None:
+        if act["act"] == "vote":
+            group.scores[act["image"]] = act["score"]
+        else:
+            group.state = "skipped" if act["act"] == "skip" else "done"
+
+    def _append(self, act: dict[str, Any]) -> None:
+        with open(self.folder / VOTES_FILE, "ab") as file:
+            file.write(json.dumps(act, ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _changed(self) -> None:
+        self.version += 1
+        if self.groups and all(group.state != "open" for group in self.groups):
+            self._is_complete.set()
+        else:
+            self._is_complete.clear()
+
+    # ---- Afterwards ----
+
+    def pairs(self) -> Iterator[dict[str, Any]]:
+        """Each two pictures of a prompt of which one was liked better: prompt, chosen, rejected and their scores."""
+        with self._lock:
+            done = [act for act in self._acts if act["act"] == "done"]
+        for act in done:
+            for one, other in combinations(act["scores"], 2):
+                better, worse = sorted((one, other), key=act["scores"].get, reverse=True)
+                if act["scores"][better] > act["scores"][worse]:
+                    yield {
+                        "prompt": act["prompt"],
+                        "chosen": {"path": None, "bytes": self.picture_path(better).read_bytes()},
+                        "rejected": {"path": None, "bytes": self.picture_path(worse).read_bytes()},
+                        "chosen_score": act["scores"][better],
+                        "rejected_score": act["scores"][worse],
+                    }
+
+
+def save_pairs(folder: str | os.PathLike) -> Path | None:
+    """
+    Write what was voted as a dataset of pairs, `pairs/` in the folder of the votes, for `datasets.load_from_disk`: `prompt`,
+    `chosen` and `rejected` (images), `chosen_score` and `rejected_score`, the columns of preference data in TRL.
+
+    Args:
+        folder (`str` or `Path`): of a [`Ballot`], `votes/` of a run.
+
+    Returns:
+        `Path` of the dataset; `None` where no picture was preferred to another.
+    """
+    import shutil
+
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    ballot, target = Ballot(folder), Path(folder) / PAIRS_FOLDER
+    if next(ballot.pairs(), None) is None:
+        return None
+    features = Features(
+        {
+            "prompt": Value("string"), "chosen": ImageFeature(), "rejected": ImageFeature(),
+            "chosen_score": Value("int64"), "rejected_score": Value("int64"),
+        }
+    )  # fmt: skip
+    rows = list(ballot.pairs())
+    dataset = Dataset.from_list(rows, features=features)
+    written = target.with_name(".pairs-being-written")
+    shutil.rmtree(written, ignore_errors=True)
+    dataset.save_to_disk(written)
+    shutil.rmtree(target, ignore_errors=True)
+    written.rename(target)
+    return target
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_bytes(content)
+    part.replace(path)
