@@ -156,6 +156,32 @@ def test_srpo_changes_the_adapter_alone(run, tmp_path):
     assert_only_the_adapter_changed(trainer, before)
 
 
+def test_a_base_in_8_bits_trains(run, tmp_path):
+    """Its weights are rounded and stay, the adapter changes, and the policy that samples is the one that trains."""
+    pytest.importorskip("torchao", reason="needs the extra 'quantization'")
+    config = ChunkGRPOConfig(
+        **settings(run.row, tmp_path), max_steps=1, num_generations=2, chunk_sizes=[1, 2], quantization="int8"
+    )
+    trainer = ChunkGRPOTrainer(str(run.base), Brightness(), config, dataset(run.row))
+    layers = {
+        name: layer
+        for name, layer in trainer.model.named_modules()
+        if isinstance(layer, torch.nn.Linear) and type(layer.weight).__name__ == "Int8Tensor"
+    }
+    adapted = {name.partition(".lora_A")[0] for name, _ in trainer.model.named_modules() if name.endswith(".lora_A")}
+    assert {f"{name}.base_layer" for name in adapted} <= layers.keys()
+    before = {name: layer.weight.dequantize().clone() for name, layer in layers.items()}
+    adapter = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    assert all(torch.equal(layer.weight.dequantize(), before[name]) for name, layer in layers.items())
+    unchanged = [
+        name for name, p in trainer.model.named_parameters() if name in adapter and torch.equal(p, adapter[name])
+    ]
+    assert len([name for name in unchanged if ".lora_B." in name]) <= 1
+    (log,) = [log for log in trainer.state.log_history if "ratio/mean" in log]
+    assert log["ratio/mean"] == 1.0 and log["grad_norm"] > 0
+
+
 def source_of_card(row, folder):
     """What to put in place of the path of the image that the example edits."""
     if not row.model_class.takes_image:

@@ -97,11 +97,13 @@ class Conditioning:
         flow_model ([`FlowModel`]):
             Model whose text encoders to use.
         device (`torch.device`):
-            Where they run, and where the conditioning goes.
+            Where the conditioning goes.
         window (`int`, *optional*, defaults to `128`):
             Prompts of a window. One prompt of FLUX.1 takes 4 MiB of host memory in bfloat16.
         store ([`~trl_diffusion.data.prompt_store.PromptStore`], *optional*):
             Where embeddings are looked up before, and kept.
+        encoder_device (`torch.device`, *optional*):
+            Where the text encoders run; `device` by default.
 
     Attributes:
         upcoming (`Callable`):
@@ -109,10 +111,16 @@ class Conditioning:
     """
 
     def __init__(
-        self, flow_model: FlowModel, device: torch.device, window: int = 128, store: PromptStore | None = None
+        self,
+        flow_model: FlowModel,
+        device: torch.device,
+        window: int = 128,
+        store: PromptStore | None = None,
+        encoder_device: torch.device | None = None,
     ):
         self.flow_model = flow_model
         self.device = device
+        self.encoder_device = device if encoder_device is None else encoder_device
         self.window = window
         self.store = store
         self.upcoming: Callable[[], Iterable[Prompt]] = tuple
@@ -223,7 +231,7 @@ class Conditioning:
         if not missing:
             return found
         hidden = not PartialState().is_local_main_process
-        with self.flow_model.text_encoders_on(self.device):
+        with self.flow_model.text_encoders_on(self.encoder_device):
             for prompt in tqdm(missing, desc="Encoding prompts", unit="prompt", leave=False, disable=hidden):
                 (row,) = self.flow_model.encode_rows([prompt])
                 # A copy, which keeps no memory of the encoders' alive.

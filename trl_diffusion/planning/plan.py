@@ -53,7 +53,7 @@ class Choices:
         batch_size (`int`): images of a micro-batch of one process.
         accumulation (`int`): micro-batches of an optimizer step.
         rollout_batch_size (`int`): images that are sampled together.
-        checkpointing, streamed, offload, vae_checkpointing, reward_checkpointing (`bool`): settings of that sense.
+        checkpointing, streamed, encode_on_cpu, offload, vae_checkpointing, reward_checkpointing (`bool`): settings of that sense.
         quantization (`str`, *optional*): of the frozen weights.
         sharding (`str`): one of `SHARDINGS`.
         processes (`int`): how many.
@@ -64,6 +64,7 @@ class Choices:
     rollout_batch_size: int
     checkpointing: bool
     streamed: bool
+    encode_on_cpu: bool
     offload: bool
     vae_checkpointing: bool
     reward_checkpointing: bool
@@ -245,6 +246,7 @@ class Planner:
             rollout_batch_size=args.rollout_batch_size or args.per_device_train_batch_size,
             checkpointing=bool(args.activation_checkpointing),
             streamed=bool(self.workload.streamed),
+            encode_on_cpu=args.encode_on_cpu,
             offload=args.offload_frozen,
             vae_checkpointing=self.workload.through_rewards and args.vae_gradient_checkpointing,
             reward_checkpointing=self.workload.through_rewards and args.reward_gradient_checkpointing,
@@ -305,7 +307,7 @@ class Planner:
         if choices.sharding == "zero3" and args.ds3_gather_for_rollout:
             whole = self._frozen_bytes(choices) + self.width * self.trained
             gathered = round(whole * (1 - 1 / choices.processes))
-        encoders = sum(self.configurations.text_encoders.values()) * self.width
+        encoders = 0 if choices.encode_on_cpu else sum(self.configurations.text_encoders.values()) * self.width
         phases = {
             "prompts": {**held, "text encoders": encoders},
             "rollout": {
@@ -446,6 +448,7 @@ class Planner:
             "a second forward of the reward", reward_checkpointing=True,
         )  # fmt: skip
         step(not choices.offload, "offload_frozen: true", "transfers in each step", offload=True)
+        step(not choices.encode_on_cpu, "encode_on_cpu: true", "prompts are encoded slowly", encode_on_cpu=True)
         if not self.full and choices.quantization is None and choices.sharding not in ("zero3", "fsdp2"):
             step(True, "quantization: int8", "another base model, slower", quantization="int8")
         if not self.full and choices.quantization != "nf4" and choices.sharding not in ("zero3", "fsdp2"):

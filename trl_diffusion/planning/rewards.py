@@ -43,7 +43,7 @@ _CLIP_L = {
 _CLIPS = {"hpsv2": OFFICIAL_SIZES, "pickscore": OFFICIAL_SIZES, "clip": _CLIP_L, "aesthetic": _CLIP_L}
 _WEIGHTS = {"image_reward": 446_000_000, "hpsv3": 8_291_375_616}
 # They take no memory of the accelerator.
-_ELSEWHERE = ("remote", "ocr")
+_ELSEWHERE = ("remote", "ocr", "vote")
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,9 @@ class DiffusionConfig(TrainingArguments):
             generations, so many at a time, and the text encoders wait on the CPU in between; where all prompts of the
             run fit, they are encoded once and the text encoders are freed. An embedding of FLUX.1 takes 4 MiB in
             bfloat16.
+        encode_on_cpu (`bool`, *optional*, defaults to `False`):
+            Leave the text encoders on the CPU, where they encode more slowly, and the accelerator's memory to the network:
+            that of FLUX.2-dev takes 48 GB. With `cache_prompt_embeds` each prompt is encoded once for all runs.
         cache_prompt_embeds (`bool`, *optional*, defaults to `False`):
             Keep embeddings on disk as well, in `huggingface_hub`'s folder of assets, one file a prompt, for this run and
             later ones: where all are found, no text encoder is loaded.
@@ -341,6 +344,10 @@ class DiffusionConfig(TrainingArguments):
             "help": "Prompts that are encoded together and whose embeddings are held in host memory, over all processes. "
             "The text encoders are out of the accelerator's memory in between."
         },
+    )
+    encode_on_cpu: bool = field(
+        default=False,
+        metadata={"help": "Leave the text encoders on the CPU, and the accelerator's memory to the network."},
     )
     cache_prompt_embeds: bool = field(
         default=False,

@@ -91,7 +91,10 @@ def make_sampler(
         **options: passed to [`Sampler.from_settings`].
     """
     store = open_prompt_store(flow, args.prompt_cache_gib) if args.cache_prompt_embeds else None
-    conditioning = Conditioning(flow, args.device, -(-args.prompt_window // args.world_size), store)
+    encoder_device = torch.device("cpu") if args.encode_on_cpu else args.device
+    conditioning = Conditioning(
+        flow, args.device, -(-args.prompt_window // args.world_size), store, encoder_device=encoder_device
+    )
     conditioning.upcoming = upcoming
     return Sampler.from_settings(
         flow,
