@@ -30,6 +30,7 @@ import argparse
 import contextlib
 import gc
 import itertools
+import math
 import multiprocessing
 import os
 import re
@@ -47,6 +48,7 @@ import numpy as np
 import torch
 from campaigns.tiny_runs import TRAINERS, make_trainer, save_trained
 from datasets import Dataset
+from huggingface_hub import cached_assets_path
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -251,15 +253,20 @@ def finish(process: multiprocessing.Process) -> None:
         raise RuntimeError(f"The run ended with status {process.exitcode}; its error is above.")
 
 
-class Store:
+def put_one_entry(folder: Path) -> None:
+    """Encode the first prompt into the cache; in a process of its own, since this one must not compute before it forks."""
+    torch.set_num_threads(1)
+    flow = make_trainer("srpo", folder, prompts=PROMPTS, prompt_window=4).flow
+    open_prompt_store(flow, 1.0).put(PROMPTS[0], flow.encode_rows([PROMPTS[0]])[0])
+
+
+class Entries:
     """The files of the cache, seen from outside while the runs write them."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.seen: set[str] = set()
         self.most = 0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look)
 
     def sizes(self) -> dict[str, int]:
         found = {}
@@ -268,19 +275,14 @@ class Store:
                 found[path.name] = path.stat().st_size
         return found
 
-    def _look(self) -> None:
-        while not self._over.wait(0.05):
+    def watch(self, process: multiprocessing.Process, seconds: float) -> None:
+        """Look until the process ends, at most so long."""
+        end = time.monotonic() + seconds
+        while process.is_alive() and time.monotonic() < end:
             sizes = self.sizes()
             self.seen |= sizes.keys()
             self.most = max(self.most, sum(sizes.values()))
-
-    def __enter__(self) -> "Store":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._over.set()
-        self._thread.join()
+            time.sleep(0.05)
 
 
 def share_cache(folder: Path, steps: int, kills: int, seconds: float) -> str:
@@ -290,54 +292,53 @@ def share_cache(folder: Path, steps: int, kills: int, seconds: float) -> str:
     The cache is that of this process, so HF_ASSETS_CACHE is set before it starts.
     """
     start = time.perf_counter()
-    whole = {kind: started(kind, folder / f"{kind}-whole", steps, {}) for kind in TRAINERS}
-    for process in whole.values():
+    first = CONTEXT.Process(target=put_one_entry, args=(folder / "encoder",))
+    first.start()
+    whole = [started(kind, folder / f"{kind}-whole", steps, {}) for kind in TRAINERS]
+    for process in (first, *whole):
         finish(process)
-    flow = make_trainer("srpo", folder / "encoder", prompts=PROMPTS, prompt_window=4).flow
-    rows = {prompt: flow.encode_rows([prompt])[0] for prompt in PROMPTS}
-    store = open_prompt_store(flow, 1.0)
-    store.put(PROMPTS[0], rows[PROMPTS[0]])
-    (entry,) = store.folder.glob("*/*.safetensors")
-    size = entry.stat().st_size
+    cached = Entries(cached_assets_path("trl_diffusion", "prompts", "embeddings"))
+    (size,) = cached.sizes().values()
     limit = 12 * size
     cache = {"cache_prompt_embeds": True, "prompt_cache_gib": limit / 2**30}
     killed = 0
-    with Store(store.folder) as seen:
-        beside = started("srpo", folder / "srpo", steps, cache)
+    beside = started("srpo", folder / "srpo", steps, cache)
+    disturbed = started("chunk_grpo", folder / "chunk_grpo", steps, cache)
+    while killed < kills:
+        cached.watch(disturbed, seconds)
+        if not disturbed.is_alive():
+            break
+        disturbed.kill()
+        disturbed.join()
+        killed += 1
         disturbed = started("chunk_grpo", folder / "chunk_grpo", steps, cache)
-        while killed < kills:
-            disturbed.join(seconds)
-            if disturbed.exitcode is not None:
-                break
-            disturbed.kill()
-            disturbed.join()
-            killed += 1
-            disturbed = started("chunk_grpo", folder / "chunk_grpo", steps, cache)
-        finish(disturbed)
-        finish(beside)
+    cached.watch(disturbed, math.inf)
+    finish(disturbed)
+    finish(beside)
     for kind in TRAINERS:
         expected = load_file(folder / f"{kind}-whole" / "trained.safetensors")
         found = load_file(folder / kind / "trained.safetensors")
         assert found.keys() == expected.keys()
         for name, weight in expected.items():
             assert torch.equal(weight, found[name]), f"{kind}: {name} differs by {weight - found[name]}"
-    left, entries = sum(seen.sizes().values()), 0
-    for prompt, row in rows.items():
-        kept = store.get(prompt)
+    flow = make_trainer("srpo", folder / "decoder", prompts=PROMPTS, prompt_window=4).flow
+    store, left, entries = open_prompt_store(flow, 1.0), sum(cached.sizes().values()), 0
+    for prompt in PROMPTS:
+        (row,), kept = flow.encode_rows([prompt]), store.get(prompt)
         if kept is not None:
             entries += 1
             assert kept.keys() == row.keys() and all(torch.equal(kept[name], row[name]) for name in row), prompt
-    assert entries == len(seen.sizes()), "The cache holds an entry that is damaged, or of no prompt."
+    assert entries == len(cached.sizes()), "The cache holds an entry that is damaged, or of no prompt."
     broken_off = len([path for path in store.folder.glob("*/*") if path.suffix != ".safetensors"])
     told = (
-        f"cache: {steps} steps, {killed} kills, both runs equal bit for bit to those without a cache; of {len(seen.seen)} "
-        f"entries {entries} stayed, all whole, {left} of {limit} bytes allowed, {seen.most} at most on the way; "
+        f"cache: {steps} steps, {killed} kills, both runs equal bit for bit to those without a cache; of {len(cached.seen)} "
+        f"entries {entries} stayed, all whole, {left} of {limit} bytes allowed, {cached.most} at most on the way; "
         f"{broken_off} half written files of killed runs; {time.perf_counter() - start:.0f} s"
     )
     assert killed == kills, f"{told}. The run ended before it was killed so often: give more --steps."
-    assert len(seen.seen) > entries, told
+    assert len(cached.seen) > entries, told
     # Each run deletes what is too much when it has encoded a window.
-    assert left <= limit and seen.most <= limit + 2 * 5 * size, told
+    assert left <= limit and cached.most <= limit + 2 * 5 * size, told
     return told
 
 
