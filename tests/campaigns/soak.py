@@ -127,9 +127,19 @@ class Watch(TrainerCallback):
             self.folders.append({path.name: sum(map(Path.is_file, path.rglob("*"))) for path in entries})
 
 
-def train(kind: str, folder: Path, steps: int, settled: int = 100, every: int = 50, tolerance: float = 10) -> str:
-    """A run that logs at each step, and evaluates and saves now and then; flat from the step `settled` on."""
-    limit = 20
+def train(
+    kind: str,
+    folder: Path,
+    steps: int,
+    settled: int = 100,
+    every: int = 50,
+    tolerance: float = 10,
+    limit: int = 20,
+) -> str:
+    """
+    A run that logs at each step, and evaluates and saves now and then; flat from the step `settled` on, with so many MiB of
+    `tolerance`, and with `limit` folders of samples.
+    """
     trainer = make_trainer(
         kind, folder, prompts=PROMPTS, eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:3]}), max_steps=steps,
         save_steps=max(steps // 20, 1), eval_strategy="steps", eval_steps=max(steps // 10, 1), num_eval_images=4,
@@ -148,7 +158,7 @@ def train(kind: str, folder: Path, steps: int, settled: int = 100, every: int = 
         f"; Python objects {after[0]} to {after[-1]}; {len(trainer.state.log_history)} logs; files of samples at most "
         f"{most}; {time.perf_counter() - start:.0f} s"
     )
-    assert len(kept) == min(limit, steps) and most <= 3 * limit, told
+    assert len(kept) == limit and most <= 3 * limit, told
     # A generation of Chunk-GRPO lasts for two steps, and its samples are written once.
     assert kept[0] == "step_000001" and kept[-1] in (f"step_{steps - 1:06d}", f"step_{steps:06d}"), told
     assert watch.folders[-1]["runs"] == watch.folders[0]["runs"], told
