@@ -72,6 +72,10 @@ campaigns: $(INSTALLED_ALL)
 	PYTHONPATH=tests $(BIN)/python tests/campaigns/exits.py --launches 100
 	PYTHONPATH=tests $(BIN)/python tests/campaigns/resizing.py
 	PYTHONPATH=tests $(BIN)/python tests/campaigns/plans.py
+	PYTHONPATH=tests $(BIN)/python tests/campaigns/soak.py train
+	PYTHONPATH=tests $(BIN)/python tests/campaigns/soak.py server
+	PYTHONPATH=tests $(BIN)/python tests/campaigns/soak.py cache
+	PYTHONPATH=tests $(BIN)/python tests/campaigns/full_width.py
 
 lint: $(INSTALLED_ALL)
 	$(BIN)/ruff check .

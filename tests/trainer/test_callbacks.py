@@ -12,13 +12,19 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Sample images in the backends that report, each in the row of its step; those that are not installed are skipped."""
+"""
+Sample images in the backends that report, each in the row of its step, and the folders of them that are kept. Backends that
+are not installed are skipped.
+"""
 
 import json
 import struct
 
 import pytest
+from campaigns import full_disk
 from datasets import Dataset
+
+from trl_diffusion import ChunkGRPOConfig
 
 
 STEPS = [2, 4, 5]
@@ -104,3 +110,64 @@ def test_trackio(run, tmp_path, monkeypatch):
         for image in images:
             assert image["_type"] == "trackio.image" and "redness" in image["caption"]
             assert next((tmp_path / "trackio").rglob(image["file_path"])).stat().st_size > 0
+
+
+# ---- The number of folders ----
+
+
+def steps_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_first_and_the_last_samples_stay_also_after_a_resume(make_trainer, tmp_path):
+    settings = {"num_samples_to_log": 1, "samples_total_limit": 3, "save_strategy": "steps", "save_steps": 4}
+    make_trainer(max_steps=4, **settings).train()
+    samples = tmp_path / "out" / "samples"
+    assert steps_in(samples) == ["step_000001", "step_000003", "step_000004"]
+    others = [samples / "notes", samples / "step_1", samples / "step_000002_mine"]
+    for folder in others:
+        folder.mkdir()
+    (samples / "step_000000").write_text("a file")
+    make_trainer(max_steps=6, **settings).train(resume_from_checkpoint=True)
+    kept = ["step_000001", "step_000005", "step_000006"]
+    assert steps_in(samples) == sorted([*kept, "step_000000", *(folder.name for folder in others)])
+    assert sorted(path.name for path in (samples / "step_000005").iterdir()) == ["000.png", "metadata.jsonl"]
+
+
+def test_a_run_that_starts_anew_keeps_its_own_samples(make_trainer, tmp_path):
+    """And not those that an earlier run has left of later steps."""
+    samples = tmp_path / "out" / "samples"
+    for step in (2, 500, 501):
+        (samples / f"step_{step:06d}").mkdir(parents=True)
+    make_trainer(max_steps=3, num_samples_to_log=1, samples_total_limit=3).train()
+    assert steps_in(samples) == ["step_000001", "step_000002", "step_000003"]
+
+
+def test_all_samples_stay_without_a_limit(make_trainer, tmp_path):
+    for step in range(10, 70):
+        (tmp_path / "out" / "samples" / f"step_{step:06d}").mkdir(parents=True)
+    make_trainer(max_steps=1, num_samples_to_log=1, samples_total_limit=None).train()
+    assert len(steps_in(tmp_path / "out" / "samples")) == 61
+    make_trainer(max_steps=1, num_samples_to_log=1).train()
+    assert len(steps_in(tmp_path / "out" / "samples")) == 50
+
+
+def test_samples_that_cannot_be_deleted_do_not_stop_a_run(make_trainer, tmp_path, caplog):
+    samples = tmp_path / "out" / "samples"
+    for step in (1, 2):
+        (samples / f"step_{step:06d}").mkdir(parents=True)
+    in_use = samples / "step_000002" / "in_use"
+    in_use.mkdir()
+    try:
+        with full_disk.small_disk(in_use, 2**20):
+            make_trainer(max_steps=4, num_samples_to_log=1, samples_total_limit=2).train()
+    except full_disk.CannotMount as error:
+        pytest.skip(f"root alone can mount a file system: {error}")
+    assert steps_in(samples)[-1] == "step_000004" and in_use.is_dir()
+    assert f"The samples in {in_use.parent} could not be deleted and stay" in caplog.text
+
+
+@pytest.mark.parametrize("limit", [1, 0, -1])
+def test_a_limit_that_leaves_no_last_samples(limit, tmp_path):
+    with pytest.raises(ValueError, match=f"samples_total_limit must be at least 2.*got {limit}. Use None to keep all"):
+        ChunkGRPOConfig(output_dir=str(tmp_path), samples_total_limit=limit)

@@ -503,7 +503,8 @@ class Planner:
         kept = min(saves, args.save_total_limit or saves)
         disk = {"checkpoints": checkpoint * max(kept, 1)}
         if args.log_samples and args.max_steps > 0 and args.logging_steps >= 1:
-            pictures = args.max_steps // int(args.logging_steps) * args.num_samples_to_log
+            logs = args.max_steps // int(args.logging_steps)
+            pictures = min(logs, args.samples_total_limit or logs) * args.num_samples_to_log
             disk["samples"] = pictures * (self.num_frames or 1) * self.size[0] * self.size[1] * 3
         if args.cache_prompt_embeds:
             disk["embeddings, at most"] = round(args.prompt_cache_gib * GIB)

@@ -157,6 +157,9 @@ class DiffusionConfig(TrainingArguments):
             `report_to` backend that shows images, every `logging_steps`.
         num_samples_to_log (`int`, *optional*, defaults to `8`):
             Number of images of each such sample.
+        samples_total_limit (`int`, *optional*, defaults to `50`):
+            Folders `step_XXXXXX` that are kept: that of the first step, to compare with, and those that were written
+            last. `None` keeps all.
         num_eval_images (`int`, *optional*, defaults to `64`):
             Number of images that an evaluation makes: the prompts of the evaluation dataset in order, repeated with
             other seeds where there are fewer of them.
@@ -365,6 +368,13 @@ class DiffusionConfig(TrainingArguments):
         metadata={"help": "Write sample images with prompts, rewards and advantages every logging_steps."},
     )
     num_samples_to_log: int = field(default=8, metadata={"help": "Number of images of each such sample."})
+    samples_total_limit: int | None = field(
+        default=50,
+        metadata={
+            "help": "Folders step_XXXXXX that are kept: that of the first step, to compare with, and those that were "
+            "written last. None keeps all."
+        },
+    )
     num_eval_images: int = field(default=64, metadata={"help": "Number of images that an evaluation makes."})
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
@@ -482,6 +492,11 @@ class DiffusionConfig(TrainingArguments):
             raise ValueError(
                 f"num_samples_to_log must be at least 1, got {self.num_samples_to_log}. Set log_samples=False to "
                 "write no samples."
+            )
+        if self.samples_total_limit is not None and self.samples_total_limit < 2:
+            raise ValueError(
+                f"samples_total_limit must be at least 2, the first folder and the last, got {self.samples_total_limit}. "
+                "Use None to keep all, or set log_samples=False to write none."
             )
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "seed", "data_seed"):
             value = getattr(self, name)

@@ -15,6 +15,9 @@
 """Callbacks of the trainers."""
 
 import json
+import os
+import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,8 @@ from ..rewards import to_pil, to_tensor
 
 
 logger = get_logger(__name__)
+
+_STEP_FOLDER = re.compile(r"step_(\d{6,})")
 
 
 class EpochCallback(TrainerCallback):
@@ -79,7 +84,7 @@ class SampleImagesCallback(TrainerCallback):
     """
     Writes sample images whenever the trainer logs: to `output_dir/samples/step_XXXXXX/` and to the reporting backends
     that show images (TensorBoard, Weights & Biases, trackio), in the row of the numbers of the step. A video is written as an
-    animated picture, beside its contact sheet, which is what the backends show.
+    animated picture, beside its contact sheet, which is what the backends show. `samples_total_limit` folders are kept.
 
     The trainer hands the samples to [`keep`]; they are written once.
 
@@ -131,6 +136,9 @@ class SampleImagesCallback(TrainerCallback):
         # The layout of an image folder, which `datasets.load_dataset("imagefolder", data_dir=...)` reads.
         lines = [json.dumps(record, ensure_ascii=False) for record in records]
         (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        os.utime(folder)  # written now; files that were there before would leave it the older time
+        if args.samples_total_limit is not None:
+            delete_old_samples(folder, args.samples_total_limit)
 
         for callback in self.handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
@@ -150,6 +158,27 @@ class SampleImagesCallback(TrainerCallback):
                     f"samples/{i:03d}": trackio.Image(picture, caption=text)
                     for i, (picture, text) in enumerate(zip(pictures, captions, strict=True))
                 }
+
+
+def delete_old_samples(written: Path, limit: int) -> None:
+    """
+    Delete what was written first of the folders `step_XXXXXX` until `limit` are left. That of the lowest step stays.
+
+    Times count, not steps: a run may start anew where another one has left folders of later steps.
+
+    Args:
+        written (`Path`): the last one, which stays. The others lie beside it; nothing else there is touched.
+        limit (`int`): at least 2.
+    """
+    steps = {path: int(match[1]) for path in written.parent.iterdir() if (match := _STEP_FOLDER.fullmatch(path.name))}
+    found = [path for path in steps if path.is_dir() and not path.is_symlink()]
+    stay = {written, min(found, key=steps.__getitem__)}
+    by_age = sorted(set(found) - stay, key=lambda path: (path.stat().st_mtime_ns, steps[path]))
+    for path in by_age[: max(len(found) - limit, 0)]:
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            logger.warning(f"The samples in {path} could not be deleted and stay: {error}.")
 
 
 class RewardHackingCallback(TrainerCallback):
