@@ -159,6 +159,18 @@ def test_text_encoders_are_on_the_device_while_they_run_and_on_the_cpu_after(flu
     assert {module.device.type for module in flux.text_encoders.values()} == {"cpu"}
 
 
+def test_text_encoders_can_stay_on_the_cpu(flux):
+    """The conditioning goes where it is used: here to a device that has no memory to encode in."""
+    conditioning = Conditioning(flux, torch.device("meta"), encoder_device=CPU)
+    kept = conditioning.get(PROMPTS[:2])
+    assert {tensor.device.type for tensor in kept.values()} == {"meta"}
+    expected = flux.encode_prompt(PROMPTS[:2])
+    assert {name: tensor.shape for name, tensor in kept.items()} == {n: t.shape for n, t in expected.items()}
+    for i, prompt in enumerate(PROMPTS[:2]):
+        for name, tensor in conditioning._window[prompt].items():
+            torch.testing.assert_close(tensor, expected[name][i], rtol=1e-5, atol=1e-5)
+
+
 def test_all_prompts_kept_frees_the_encoders(flow_model):
     expected = {prompt: flow_model.encode_prompt([prompt]) for prompt in PROMPTS}
     conditioning = Conditioning(flow_model, CPU)

@@ -437,6 +437,8 @@ def test_plans_compare(saved, tmp_path):
     args.ema_decay = 0.9
     copies = planner._phases(planner.choices)["update"]["other policies"]
     assert copies == plan.phases["update"]["trained weights"]
+    on_cpu = planner._phases(dataclasses.replace(planner.choices, encode_on_cpu=True))
+    assert "text encoders" in plan.phases["prompts"] and "text encoders" not in on_cpu["prompts"]
     wider = planner._phases(dataclasses.replace(planner.choices, rollout_batch_size=16))
     assert wider["rollout"]["activations"] == pytest.approx(2 * plan.phases["rollout"]["activations"], rel=0.02)
 
