@@ -143,7 +143,8 @@ class TestBallot:
         assert rows.column_names == ["prompt", "chosen", "rejected", "chosen_score", "rejected_score"]
         found = [(row["chosen"].getpixel((0, 0)), row["rejected"].getpixel((0, 0))) for row in rows]
         red, green, blue, white = [picture.getpixel((0, 0)) for picture in pictures()]
-        assert sorted(found) == sorted([(red, green), (red, blue), (red, white), (green, white), (blue, white)])
+        # Each that was liked better than another, once; the worse ones take turns.
+        assert found == [(red, green), (green, white), (blue, white)]
         assert all(row["chosen_score"] > row["rejected_score"] and row["prompt"] == "a cat" for row in rows)
 
 
@@ -305,7 +306,7 @@ class TestTraining:
         assert [state["message"] for state in seen] == ["Optimizer step 1 of 2", "Optimizer step 2 of 2"]
         assert len(seen[0]["strip"]) == 4
         pairs = load_from_disk(tmp_path / "votes" / "pairs")
-        assert len(pairs) == 2 * 2 * 3
+        assert len(pairs) == 2 * 2
 
     def test_the_same_prompts_before_and_now(self, tmp_path):
         trainer = make_trainer(tmp_path, learning_rate=1e-2)
@@ -422,7 +423,7 @@ def test_no_vote_is_asked_twice(tmp_path):
     assert again["message"] == "Optimizer step 2 of 3" and again["strip"][0]["before"]
     run.send_signal(signal.SIGTERM)
     assert run.wait(60) == 143
-    assert len(load_from_disk(tmp_path / "votes" / "pairs")) == 2 * 3
+    assert len(load_from_disk(tmp_path / "votes" / "pairs")) == 2
 
 
 # ---- In a browser ----
@@ -537,7 +538,7 @@ class TestPage:
         assert results["change"]["contrast"]["low"] > 0.05
         for name in ("before_after.png", "reward.png", "README.md", "pytorch_lora_weights.safetensors"):
             assert (tmp_path / name).stat().st_size > 0
-        assert len(load_from_disk(tmp_path / "votes" / "pairs")) > 10 * 3 * 10
+        assert len(load_from_disk(tmp_path / "votes" / "pairs")) > 10 * 3 * 3
 
 
 def test_a_script_votes_by_a_measure(tmp_path):
