@@ -183,8 +183,9 @@ def reward_server() -> Iterator[tuple[int, str]]:
         [*command, "--port", "0"], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
     )
     try:
-        line = process.stdout.readline()
-        yield process.pid, re.search(r"remote:(http://127\.0\.0\.1:\d+)\)", line)[1]
+        # Libraries may print lines of their own before.
+        found = (re.search(r"remote:(http://127\.0\.0\.1:\d+)\)", line) for line in process.stdout)
+        yield process.pid, next(match for match in found if match)[1]
     finally:
         process.terminate()
         process.wait()

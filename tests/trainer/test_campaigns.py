@@ -28,8 +28,8 @@ TESTS = Path(__file__).resolve().parents[1]
 
 @pytest.mark.parametrize("kind", soak.TRAINERS)
 def test_a_training_holds_no_more_at_its_end(kind, tmp_path):
-    told = soak.train(kind, tmp_path, steps=24, settled=8, every=4, tolerance=50, limit=5)
-    assert "files of samples at most 15" in told
+    told = soak.train(kind, tmp_path, steps=16, settled=4, every=4, tolerance=50, limit=3)
+    assert "files of samples at most 9" in told
 
 
 def test_the_reward_server_under_32_clients():
