@@ -20,7 +20,13 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import tiny_flux_pipeline, tiny_qwen_image_pipeline, tiny_sd3_pipeline, tiny_z_image_pipeline
+from tiny_models import (
+    tiny_flux_pipeline,
+    tiny_qwen_image_pipeline,
+    tiny_sd3_pipeline,
+    tiny_wan_pipeline,
+    tiny_z_image_pipeline,
+)
 
 from trl_diffusion.flow import log_prob, transition_coefficients, transition_mean
 from trl_diffusion.models import Sampler, load_flow_model
@@ -197,6 +203,18 @@ def test_images_do_not_depend_on_the_batches(sampler):
     drawn = [torch.cat(list(replace(sampler, batch_size=size).draw_images(PROMPTS, SEEDS))) for size in (1, 3)]
     torch.testing.assert_close(*drawn, rtol=0, atol=1e-5)
     assert not torch.equal(*drawn[0][:2])
+
+
+@pytest.mark.parametrize("build", [tiny_flux_pipeline, tiny_qwen_image_pipeline, tiny_wan_pipeline])
+def test_images_of_several_batches_are_the_batches_one_behind_the_other(build):
+    """In their layout in memory too, on which the last bits of sums depend."""
+    flow_model = load_flow_model(build())
+    frames = None if flow_model.default_num_frames is None else 5
+    sampler = Sampler.from_settings(flow_model, NUM_STEPS, 32, 48, 3.0, batch_size=2, num_frames=frames)
+    latents = sampler.draw_noise([torch.Generator().manual_seed(seed) for seed in range(5)])
+    expected = torch.cat([flow_model.decode(part) for part in latents.split(2)])
+    images = sampler.decode(latents)
+    assert torch.equal(images, expected) and images.stride() == expected.stride()
 
 
 def test_bad_input(sampler):

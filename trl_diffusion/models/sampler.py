@@ -294,7 +294,7 @@ class Sampler:
         for i, part in enumerate(latents.split(self.batch_size)):
             decoded = self.flow_model.decode(part)
             if images is None:
-                images = decoded.new_empty(len(latents), *decoded.shape[1:])
+                images = _empty_like(decoded, len(latents))
             images[i * self.batch_size :][: len(part)] = decoded
             del decoded
         return images
@@ -347,3 +347,10 @@ class Sampler:
         arguments.
         """
         return map(self.decode, self.draw_latents(prompts, seeds, network, adapter_fraction))
+
+
+def _empty_like(batch: torch.Tensor, rows: int) -> torch.Tensor:
+    """Room for so many rows in the memory layout of a batch: sums over another layout differ in their last bits."""
+    order = sorted(range(batch.ndim), key=batch.stride, reverse=True)
+    empty = batch.new_empty([rows if dimension == 0 else batch.shape[dimension] for dimension in order])
+    return empty.permute([order.index(dimension) for dimension in range(batch.ndim)])
