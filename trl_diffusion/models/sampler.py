@@ -288,13 +288,14 @@ class Sampler:
         Images `(B, 3, H, W)`, or videos `(B, F, 3, H, W)`, in [0, 1] of clean latents, float32, without gradient,
         `batch_size` at a time.
         """
+        # One layout in memory for any number of batches: the last bits of sums depend on it.
         if len(latents) <= self.batch_size:
-            return self.flow_model.decode(latents)
+            return self.flow_model.decode(latents).contiguous()
         images = None  # all of them, written batch by batch: a concatenation would hold them twice
         for i, part in enumerate(latents.split(self.batch_size)):
             decoded = self.flow_model.decode(part)
             if images is None:
-                images = _empty_like(decoded, len(latents))
+                images = decoded.new_empty(len(latents), *decoded.shape[1:])
             images[i * self.batch_size :][: len(part)] = decoded
             del decoded
         return images
@@ -347,10 +348,3 @@ class Sampler:
         arguments.
         """
         return map(self.decode, self.draw_latents(prompts, seeds, network, adapter_fraction))
-
-
-def _empty_like(batch: torch.Tensor, rows: int) -> torch.Tensor:
-    """Room for so many rows in the memory layout of a batch: sums over another layout differ in their last bits."""
-    order = sorted(range(batch.ndim), key=batch.stride, reverse=True)
-    empty = batch.new_empty([rows if dimension == 0 else batch.shape[dimension] for dimension in order])
-    return empty.permute([order.index(dimension) for dimension in range(batch.ndim)])
