@@ -22,7 +22,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from diffusers import FluxPipeline, Krea2Transformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel, Krea2Transformer2DModel
 from peft import LoraConfig
 from tiny_models import (
     tiny_chroma_pipeline,
@@ -43,12 +43,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from trl_diffusion import ChunkGRPOConfig, ChunkGRPOTrainer, SRPOTrainer
 from trl_diffusion.cli.plan import DOES_NOT_FIT_STATUS, main, memory_size, sharding_of
 from trl_diffusion.models import load_flow_model
-from trl_diffusion.planning.configurations import fake_flow_model, read_configurations
+from trl_diffusion.planning.configurations import configurations_of, fake_flow_model, read_configurations
 from trl_diffusion.planning.counting import Counter, Tally
 from trl_diffusion.planning.plan import CONTEXT_BYTES, FRAGMENTATION, Planner
 from trl_diffusion.planning.published import PUBLISHED
 from trl_diffusion.rewards import RewardModel
-from trl_diffusion.trainer import OnlineConfig, construction
+from trl_diffusion.trainer import OnlineConfig
 from trl_diffusion.trainer.network import DEFAULT_LORA
 
 
@@ -443,29 +443,45 @@ def test_plans_compare(saved, tmp_path):
     assert wider["rollout"]["activations"] == pytest.approx(2 * plan.phases["rollout"]["activations"], rel=0.02)
 
 
-@pytest.mark.parametrize(("name", "peft_config"), [("chunk_grpo", None), ("srpo", False)])
-def test_a_trainer_prints_its_plan(saved, tmp_path, monkeypatch, capsys, name, peft_config):
-    """That of the command for the same settings, before the training; small networks need none."""
+def make_trainer(folder, name, pipeline, peft_config=None):
     trainer_class, settings = RUNS[name]
-    pipeline = tiny_flux_pipeline()
-    make_args = functools.partial(
-        trainer_class.config_class, output_dir=str(tmp_path), use_cpu=True, height=16, width=16,
-        per_device_train_batch_size=2, **settings,
-    )  # fmt: skip
-    folder = saved(pipeline)
-    make_trainer = functools.partial(
-        trainer_class, str(folder), "shapes-clip", train_dataset=Dataset.from_dict({"prompt": ["a cat", "a dog"]}),
-        peft_config=peft_config,
-    )  # fmt: skip
-    make_trainer(args=make_args())
+    args = trainer_class.config_class(
+        output_dir=str(folder), use_cpu=True, height=16, width=16, per_device_train_batch_size=2, **settings
+    )
+    return trainer_class(
+        pipeline, "shapes-clip", args, Dataset.from_dict({"prompt": ["a cat", "a dog"]}), peft_config=peft_config
+    )
+
+
+@pytest.mark.parametrize(("name", "peft_config"), [("chunk_grpo", None), ("srpo", False)])
+def test_a_trainer_prints_its_plan(tmp_path, capsys, name, peft_config):
+    """That of the command for the same settings, before the training; small networks need none."""
+    make_trainer(tmp_path, name, tiny_flux_pipeline(), peft_config)
     assert "The peak is" not in capsys.readouterr().out
-    monkeypatch.setattr(construction, "PLANNED_FROM", 1)
-    trainer = make_trainer(args=make_args())
+    pipeline = deeper_pipeline(num_attention_heads=128, num_layers=2, num_single_layers=2)
+    assert pipeline.transformer.num_parameters() > 100e6
+    trainer_class, settings = RUNS[name]
+    args = trainer_class.config_class(
+        output_dir=str(tmp_path), use_cpu=True, height=16, width=16, per_device_train_batch_size=2, **settings
+    )
     lora = LoraConfig(**DEFAULT_LORA) if peft_config is None else peft_config
-    plan = Planner(read_configurations(folder), make_args(), [], lora).plan()
-    resident = sum(p.numel() * p.element_size() for p in trainer.rewards["shapes-clip"].parameters())
-    assert resident < 0.05 * 2**30
+    plan = Planner(configurations_of(pipeline), args, ["shapes-clip"], lora).plan()
+    make_trainer(tmp_path, name, pipeline, peft_config)
     assert capsys.readouterr().out.startswith(plan.summary)
+
+
+class LooksAtItsValues(FluxTransformer2DModel):
+    def forward(self, hidden_states, *args, **kwargs):
+        assert hidden_states.abs().max().item() >= 0  # which tensors without memory cannot tell
+        return super().forward(hidden_states, *args, **kwargs)
+
+
+def test_a_run_that_cannot_be_planned_is_trained_all_the_same(tmp_path, capsys, caplog):
+    pipeline = deeper_pipeline(num_attention_heads=128, num_layers=2, num_single_layers=2)
+    pipeline.transformer.__class__ = LooksAtItsValues
+    trainer = make_trainer(tmp_path, "chunk_grpo", pipeline)
+    assert "What the run needs could not be planned" in caplog.text and "The peak is" not in capsys.readouterr().out
+    assert trainer.has_adapter
 
 
 def test_a_method_that_does_not_tell_its_workload_is_refused(tmp_path):

@@ -15,6 +15,7 @@
 """Votes on disk, over HTTP, in a training, in a browser, and over kills."""
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -45,15 +46,19 @@ def pictures(colors=COLORS):
     return [Image.new("RGB", (8, 6), color) for color in colors]
 
 
-def asked(ballot, prompts=("a cat", "a cat", "a dog", "a dog")):
-    keys = ballot.ask(pictures(), prompts)
-    return keys, ballot.groups
+PROMPTS = ["a cat", "a cat", "a dog", "a dog"]
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """A ballot of two groups of two pictures, the keys of the pictures, and the groups."""
+    ballot = Ballot(tmp_path)
+    return ballot, ballot.ask(pictures(), PROMPTS), ballot.groups
 
 
 class TestBallot:
-    def test_votes_become_scores(self, tmp_path):
-        ballot = Ballot(tmp_path)
-        keys, (cats, dogs) = asked(ballot)
+    def test_votes_become_scores(self, asked):
+        ballot, keys, (cats, dogs) = asked
         ballot.vote(cats.id, keys[1], 1)
         ballot.vote(cats.id, keys[1], 2)
         ballot.close(cats.id)
@@ -61,23 +66,21 @@ class TestBallot:
         ballot.vote(dogs.id, keys[2], 1)
         ballot.close(dogs.id, skip=True)
         assert ballot.wait(0)
-        assert ballot.scores(keys, ["a cat", "a cat", "a dog", "a dog"]) == [0.0, 2.0, None, None]
+        assert ballot.scores() == [0.0, 2.0, None, None]
         assert not ballot.wait(0) and ballot.groups == []
 
-    def test_every_act_is_there_for_the_next_process(self, tmp_path):
-        ballot = Ballot(tmp_path)
-        keys, (cats, dogs) = asked(ballot)
+    def test_every_act_is_there_for_the_next_process(self, asked, tmp_path):
+        ballot, keys, (cats, dogs) = asked
         ballot.vote(cats.id, keys[0], 2)
         for act in (lambda: ballot.close(cats.id), lambda: ballot.vote(dogs.id, keys[3], 1), ballot.undo):
             act()
             again = Ballot(tmp_path)
-            again.ask(pictures(), ["a cat", "a cat", "a dog", "a dog"])
-            assert again.groups == ballot.groups and again.num_votes == ballot.num_votes == 1
+            again.ask(pictures(), PROMPTS)
+            assert again.groups == ballot.groups and cats.state == "done"
         assert dogs.scores == {}
 
-    def test_undo(self, tmp_path):
-        ballot = Ballot(tmp_path)
-        keys, (cats, _) = asked(ballot)
+    def test_undo(self, asked):
+        ballot, keys, (cats, _) = asked
         ballot.vote(cats.id, keys[0], 1)
         ballot.vote(cats.id, keys[0], 2)
         ballot.close(cats.id)
@@ -89,9 +92,9 @@ class TestBallot:
 
     def test_what_was_scored_is_not_undone(self, tmp_path):
         ballot = Ballot(tmp_path)
-        keys = ballot.ask(pictures(COLORS[:2]), ["a cat"] * 2)
+        ballot.ask(pictures(COLORS[:2]), ["a cat"] * 2)
         ballot.close(ballot.groups[0].id)
-        ballot.scores(keys, ["a cat"] * 2)
+        ballot.scores()
         ballot.ask(pictures(COLORS[2:]), ["a dog"] * 2)
         assert not ballot.undo()
         again = Ballot(tmp_path)
@@ -105,7 +108,18 @@ class TestBallot:
         assert group.keys == (keys[0], keys[1]) and keys[0] == keys[2]
         ballot.vote(group.id, keys[0], 2)
         ballot.close(group.id)
-        assert ballot.scores(keys, ["a cat"] * 3) == [2.0, 0.0, 2.0]
+        assert ballot.scores() == [2.0, 0.0, 2.0]
+
+    def test_a_prompt_with_another_picture_to_edit_is_another_group(self, tmp_path):
+        ballot = Ballot(tmp_path)
+        keys = ballot.ask(pictures(), ["make it wide"] * 4, pictures(["gray", "gray", "black", "black"]))
+        first, second = ballot.groups
+        assert (first.keys, second.keys) == (tuple(keys[:2]), tuple(keys[2:])) and first.id != second.id
+        assert [Image.open(ballot.picture_path(g.source)).getpixel((0, 0))[0] for g in ballot.groups] == [128, 0]
+        ballot.vote(second.id, keys[3], 2)
+        ballot.close(first.id, skip=True)
+        ballot.close(second.id)
+        assert ballot.scores() == [None, None, 0.0, 2.0]
 
     def test_the_same_pixels_for_another_prompt_or_size_are_others(self, tmp_path):
         ballot = Ballot(tmp_path)
@@ -113,15 +127,14 @@ class TestBallot:
         assert len(set(ballot.ask([wide, high, wide], ["a cat", "a cat", "a dog"]))) == 3
 
     @pytest.mark.parametrize("cut", [1, 20])
-    def test_a_line_that_was_not_finished_is_no_vote(self, tmp_path, cut):
-        ballot = Ballot(tmp_path)
-        keys, (cats, _) = asked(ballot)
+    def test_a_line_that_was_not_finished_is_no_vote(self, asked, tmp_path, cut):
+        ballot, keys, (cats, _) = asked
         ballot.vote(cats.id, keys[0], 1)
         ballot.vote(cats.id, keys[1], 2)
         path = tmp_path / "votes.jsonl"
         path.write_bytes(path.read_bytes()[:-cut])
         again = Ballot(tmp_path)
-        asked(again)
+        again.ask(pictures(), PROMPTS)
         assert again.groups[0].scores == {keys[0]: 1}
         again.vote(again.groups[0].id, keys[1], 1)
         assert len([json.loads(line) for line in path.read_text().splitlines()]) == 2
@@ -151,7 +164,7 @@ class TestBallot:
 @contextlib.contextmanager
 def opened(folder, **options):
     people = VoteReward()
-    address = people.open(folder, port=0, **options)
+    address = people.open(folder, **options)
     try:
         yield people, address
     finally:
@@ -222,8 +235,29 @@ class TestServer:
             assert first.split("/")[3] == second.split("/")[3]
 
     def test_an_address_that_cannot_be_listened_on(self, tmp_path):
-        with pytest.raises(ValueError, match="vote_host='203.0.113.1' cannot be listened on"):
-            VoteReward().open(tmp_path, host="203.0.113.1")
+        for host in ("203.0.113.1", "no.such.host.invalid"):
+            with pytest.raises(ValueError, match=f"cannot be served at vote_host='{host}', vote_port=0"):
+                VoteReward().open(tmp_path, host=host)
+
+    def test_what_a_prompt_edits_is_shown(self, tmp_path):
+        with opened(tmp_path) as (people, address):
+            people.ballot.ask(pictures(), ["a cat"] * 4, pictures(["gray"] * 4))
+            source = requests.get(address + "state").json()["groups"][0]["source"]
+            shown = Image.open(io.BytesIO(requests.get(f"{address}pictures/{source}").content))
+            assert shown.getpixel((0, 0)) == (128, 128, 128)
+
+    def test_pairs_that_cannot_be_written_do_not_hide_what_ended_a_run(self, tmp_path, caplog):
+        people = VoteReward()
+        address = people.open(tmp_path)
+        keys = people.ballot.ask(pictures(), ["a cat"] * 4)
+        group = people.ballot.groups[0].id
+        people.ballot.vote(group, keys[0], 1)
+        people.ballot.close(group)
+        people.ballot.picture_path(keys[0]).unlink()
+        people.close()
+        assert "The pairs of votes could not be written" in caplog.text and not (tmp_path / "pairs").exists()
+        with pytest.raises(requests.ConnectionError):
+            requests.get(address)
 
     def test_waiting_can_be_broken_off(self, tmp_path):
         def stop():
@@ -242,10 +276,10 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def make_trainer(folder, reward_funcs="vote", trainer_class=ChunkGRPOTrainer, watch=None, **settings):
+def make_trainer(folder, reward_funcs="vote", watch=None, eval_dataset=None, **settings):
     args = ChunkGRPOConfig(output_dir=str(folder), **{**SETTINGS, **settings})
     prompts = shapes.load_dataset("train").select(range(8))
-    return trainer_class("shapes", reward_funcs, args, prompts, watch_reward_funcs=watch)
+    return ChunkGRPOTrainer("shapes", reward_funcs, args, prompts, eval_dataset, watch_reward_funcs=watch)
 
 
 @contextlib.contextmanager
@@ -331,19 +365,35 @@ class TestTraining:
         after = trainer.model.state_dict()
         assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
-    def test_evaluations_ask_nobody(self, tmp_path):
-        args = {"eval_strategy": "steps", "eval_steps": 1, "num_eval_images": 4, "reward_timeout": None}
-        trainer = ChunkGRPOTrainer(
-            "shapes", ["vote", "shapes-judge"], ChunkGRPOConfig(output_dir=str(tmp_path), **{**SETTINGS, **args}),
-            shapes.load_dataset("train").select(range(8)), shapes.load_dataset("test").select(range(4)),
+    @pytest.mark.parametrize("rewards", [["vote", "shapes-judge"], ["vote"]], ids=len)
+    def test_evaluations_ask_nobody(self, tmp_path, rewards):
+        trainer = make_trainer(
+            tmp_path, rewards, watch=["shapes-clip"], eval_strategy="steps", eval_steps=1, num_eval_images=4,
+            reward_timeout=None, eval_dataset=shapes.load_dataset("test").select(range(4)),
         )  # fmt: skip
         with voters(trainer, close_all("done")):
             trainer.train()
-        logs = [log for log in trainer.state.log_history if "eval_reward" in log]
+        logs = [log for log in trainer.state.log_history if "eval_watch/shapes-clip/mean" in log]
         assert len(logs) == 2
         for log in logs:
-            assert log["eval_reward"] == log["eval_rewards/attribute_share/mean"]
-            assert not any("vote" in name for name in log)
+            assert log.get("eval_reward") == log.get("eval_rewards/attribute_share/mean")
+            assert ("eval_reward" in log) == (len(rewards) == 2) and not any("vote" in name for name in log)
+
+
+@pytest.mark.parametrize(
+    ("line", "settings", "message"),
+    [
+        ("no vote", {}, "votes.jsonl is no vote"),
+        (None, {"vote_host": "203.0.113.1"}, "cannot be served at vote_host="),
+    ],
+)
+def test_what_is_wrong_is_told_before_weights_are_loaded(tmp_path, line, settings, message):
+    if line is not None:
+        (tmp_path / "votes").mkdir()
+        (tmp_path / "votes" / "votes.jsonl").write_text(line + "\n")
+    args = ChunkGRPOConfig(output_dir=str(tmp_path), **{**SETTINGS, **settings})
+    with pytest.raises(ValueError, match=message):
+        ChunkGRPOTrainer("no/such/model", "vote", args, shapes.load_dataset("train"))
 
 
 def test_where_people_cannot_vote(tmp_path, capsys):
@@ -494,7 +544,7 @@ class TestPage:
     def test_a_run_that_comes_back(self, tmp_path, open_page):
         """The page says that nobody answers, and goes on by itself."""
         people = VoteReward()
-        address = people.open(tmp_path, port=0)
+        address = people.open(tmp_path)
         port = int(address.split(":")[2].split("/")[0])
         page = open_page(address)
         page.get_by_text("It is the trainer's turn").wait_for()

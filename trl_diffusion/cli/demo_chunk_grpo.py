@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .demo_run import LORA, REWARD, STYLE_MEASURES, WATCHED, Demo
+from .demo_run import REWARD, SETTINGS, STYLE_MEASURES, WATCHED, Demo, shapes_arguments
 
 
 if TYPE_CHECKING:
@@ -29,11 +29,8 @@ if TYPE_CHECKING:
 
 # The settings of the Chunk-GRPO demo, in one place.
 CONFIG = {
-    "height": 32,
-    "width": 32,
+    **SETTINGS,
     "num_inference_steps": 6,  # = T
-    "guidance_scale": 3.5,
-    "sigma_shift": 3.0,
     "sde_type": "flow",
     "eta": 0.7,
     "num_generations": 8,  # = G
@@ -44,16 +41,7 @@ CONFIG = {
     "max_steps": 240,
     "learning_rate": 2e-3,
     "lr_scheduler_type": "linear",
-    "weight_decay": 0.0,
     "max_grad_norm": 1.0,
-    "gradient_checkpointing": False,
-    "cache_prompt_embeds": False,
-    "log_samples": False,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": False,
-    "dataloader_pin_memory": False,
 }
 
 SMOOTHING = 10  # steps of the moving average in the curve
@@ -66,20 +54,15 @@ class ChunkGRPODemo(Demo):
     notes = {REWARD: "trained", WATCHED: "watched", **dict.fromkeys(STYLE_MEASURES, "style")}
 
     def make_trainer(self, **settings: Any) -> "DiffusionTrainer":
-        from peft import LoraConfig
-
         from .. import shapes
         from ..trainer.chunk_grpo_config import ChunkGRPOConfig
         from ..trainer.chunk_grpo_trainer import ChunkGRPOTrainer
 
         return ChunkGRPOTrainer(
-            model="shapes",
             reward_funcs=shapes.attribute_share,
             args=ChunkGRPOConfig(**{**CONFIG, **settings}),
-            train_dataset=shapes.load_dataset("train"),
-            eval_dataset=shapes.load_dataset("test"),
-            peft_config=LoraConfig(**LORA),
             watch_reward_funcs=[WATCHED],
+            **shapes_arguments(),
         )
 
     def progress_line(self, logs: Mapping[str, float]) -> str | None:

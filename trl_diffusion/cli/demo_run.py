@@ -58,6 +58,23 @@ LORA = {
     ],
 }
 
+# What the settings of all demos have in common: the built-in model, and no files but the results.
+SETTINGS = {
+    "height": 32,
+    "width": 32,
+    "guidance_scale": 3.5,
+    "sigma_shift": 3.0,
+    "weight_decay": 0.0,
+    "activation_checkpointing": False,
+    "cache_prompt_embeds": False,
+    "log_samples": False,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": False,
+    "dataloader_pin_memory": False,
+}
+
 REPORT_EVERY = 5  # steps between two lines of the reward
 NUM_SHOWN = 8
 SCALE = 8  # pictures of 32x32 pixels are too small to be looked at
@@ -95,6 +112,20 @@ class Demo(ABC):
     def remarks(self, results: dict[str, Any]) -> list[str]:
         """What is said below the table."""
         return []
+
+
+def shapes_arguments() -> dict[str, Any]:
+    """What a demo's trainer is given besides its settings and rewards."""
+    from peft import LoraConfig
+
+    from .. import shapes
+
+    return {
+        "model": "shapes",
+        "train_dataset": shapes.load_dataset("train"),
+        "eval_dataset": shapes.load_dataset("test"),
+        "peft_config": LoraConfig(**LORA),
+    }
 
 
 def measure(images: "torch.Tensor", prompts: list[str]) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .demo_run import LORA, MEASURE, PREFERENCE, REWARD, STYLE_MEASURES, WATCHED, Demo, measure
+from .demo_run import MEASURE, PREFERENCE, REWARD, SETTINGS, STYLE_MEASURES, WATCHED, Demo, measure, shapes_arguments
 
 
 if TYPE_CHECKING:
@@ -34,11 +34,8 @@ NEGATIVE_WORDS = ["blurred", "pale"]
 
 # The settings of the demo, in one place.
 CONFIG = {
-    "height": 32,
-    "width": 32,
+    **SETTINGS,
     "num_inference_steps": 10,  # = T
-    "guidance_scale": 3.5,
-    "sigma_shift": 3.0,
     "preference": "relative",
     "positive_words": POSITIVE_WORDS,
     "negative_words": NEGATIVE_WORDS,
@@ -48,22 +45,13 @@ CONFIG = {
     "max_steps": 40,
     "learning_rate": 2e-4,
     "lr_scheduler_type": "constant",
-    "weight_decay": 0.0,
     "max_grad_norm": 0.1,
-    "activation_checkpointing": False,
     "vae_gradient_checkpointing": False,
     "rollout_batch_size": 72,
     "eval_strategy": "steps",
     "eval_steps": 5,
     "eval_on_start": True,
     "num_eval_images": 144,
-    "cache_prompt_embeds": False,
-    "log_samples": False,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": False,
-    "dataloader_pin_memory": False,
 }
 # What differs without control words: the plain prompt is rewarded.
 ABSOLUTE = {
@@ -93,21 +81,16 @@ class SRPODemo(Demo):
         self.notes = {trained: "trained", REWARD: "watched", **dict.fromkeys(STYLE_MEASURES, "style")}
 
     def make_trainer(self, **settings: Any) -> "DiffusionTrainer":
-        from peft import LoraConfig
-
         from .. import shapes
         from ..trainer.srpo_config import SRPOConfig
         from ..trainer.srpo_trainer import SRPOTrainer
 
         form = ABSOLUTE if self.preference == "absolute" else {}
         return SRPOTrainer(
-            model="shapes",
             reward_funcs="shapes-clip",
             args=SRPOConfig(**{**CONFIG, **form, **settings}),
-            train_dataset=shapes.load_dataset("train"),
-            eval_dataset=shapes.load_dataset("test"),
-            peft_config=LoraConfig(**LORA),
             watch_reward_funcs=[shapes.attribute_share],
+            **shapes_arguments(),
         )
 
     def measure(self, images: "torch.Tensor", prompts: list[str]) -> dict[str, np.ndarray]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .demo_chunk_grpo import CONFIG as CHUNK_GRPO
-from .demo_run import LORA, REWARD, STYLE_MEASURES, WATCHED, Demo
+from .demo_run import REWARD, STYLE_MEASURES, WATCHED, Demo, shapes_arguments
 
 
 if TYPE_CHECKING:
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 VOTERS = (*STYLE_MEASURES, "attributes")
 
-# What differs from the settings of the Chunk-GRPO demo.
+# With those of the Chunk-GRPO demo.
 CONFIG = {
+    **CHUNK_GRPO,
     "per_device_train_batch_size": 24,  # 3 prompts x 8 images a generation
     "max_steps": 20,  # 60 groups to vote on
     "lr_scheduler_type": "constant",
@@ -56,10 +57,8 @@ class VoteDemo(Demo):
         self.notes = {WATCHED: "watched", **dict.fromkeys(STYLE_MEASURES, "style"), **voted}
 
     def make_trainer(self, **settings: Any) -> "DiffusionTrainer":
-        from peft import LoraConfig
         from transformers import TrainerCallback
 
-        from .. import shapes
         from ..rewards.vote import VoteReward
         from ..trainer.chunk_grpo_config import ChunkGRPOConfig
         from ..trainer.chunk_grpo_trainer import ChunkGRPOTrainer
@@ -71,14 +70,11 @@ class VoteDemo(Demo):
                 threading.Thread(target=vote, args=(people.address, voter), daemon=True).start()
 
         return ChunkGRPOTrainer(
-            model="shapes",
             reward_funcs=people,
-            args=ChunkGRPOConfig(**{**CHUNK_GRPO, **CONFIG, **settings}),
-            train_dataset=shapes.load_dataset("train"),
-            eval_dataset=shapes.load_dataset("test"),
+            args=ChunkGRPOConfig(**{**CONFIG, **settings}),
             callbacks=[] if voter is None else [Script()],
-            peft_config=LoraConfig(**LORA),
             watch_reward_funcs=[WATCHED],
+            **shapes_arguments(),
         )
 
     def progress_line(self, logs: Mapping[str, float]) -> str | None:

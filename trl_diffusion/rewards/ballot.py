@@ -52,19 +52,21 @@ class Group:
 
     Attributes:
         prompt (`str`): theirs.
+        source (`str`, *optional*): key of the picture that the prompt edits.
         keys (`tuple[str, ...]`): of its pictures, each once.
         scores (`dict[str, int]`): what was voted, by key; those that are missing have 0.
         state (`str`): `"open"`, `"done"`, or `"skipped"`, so that nothing is learnt of it.
     """
 
     prompt: str
+    source: str | None
     keys: tuple[str, ...]
     scores: dict[str, int] = field(default_factory=dict)
     state: str = "open"
 
     @property
     def id(self) -> str:
-        return hashlib.sha256("\0".join([self.prompt, *self.keys]).encode()).hexdigest()[:24]
+        return hashlib.sha256("\0".join([self.prompt, self.source or "", *self.keys]).encode()).hexdigest()[:24]
 
 
 class Ballot:
@@ -86,6 +88,7 @@ class Ballot:
         self._acts: list[dict[str, Any]] = []
         self._is_complete = threading.Event()
         self.groups: list[Group] = []
+        self._asked: list[tuple[Group, str]] = []
         self.version = 0
         self._read()
 
@@ -109,30 +112,33 @@ class Ballot:
 
     # ---- The trainer's side ----
 
-    def ask(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
+    def ask(
+        self,
+        pictures: Sequence[Image.Image],
+        prompts: Sequence[str],
+        sources: Sequence[Image.Image] | None = None,
+    ) -> list[str]:
         """
-        Ask for votes on a generation.
+        Ask for votes on a generation, and for [`scores`].
 
         Args:
             pictures (`Sequence[PIL.Image]` of length B): those of a prompt are one group.
             prompts (`Sequence[str]` of length B): theirs.
+            sources (`Sequence[PIL.Image]` of length B, *optional*): what the prompts edit; a prompt and its source make a group.
 
         Returns:
-            `list[str]` of length B: a key a picture, for [`scores`].
+            `list[str]` of length B: a key a picture.
         """
-        keys, of_prompt = [], defaultdict(dict)
-        for picture, prompt in zip(pictures, prompts, strict=True):
-            picture = to_rgb(picture)
-            key = picture_key(prompt, picture)
-            path = self.picture_path(key)
-            if not path.exists():
-                content = io.BytesIO()
-                picture.save(content, "PNG", compress_level=1)  # four times as fast as the default, and hardly larger
-                write_whole(path, content.getvalue())
-            keys.append(key)
-            of_prompt[prompt][key] = None
+        keys = [self._kept(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
+        edited = [None] * len(keys) if sources is None else [self._kept(source, "") for source in sources]
+        asked = list(zip(prompts, edited, strict=True))
+        of_prompt = defaultdict(dict)
+        for which, key in zip(asked, keys, strict=True):
+            of_prompt[which][key] = None
         with self._lock:
-            self.groups = [Group(prompt, tuple(found)) for prompt, found in of_prompt.items()]
+            groups = {which: Group(*which, tuple(found)) for which, found in of_prompt.items()}
+            self.groups = list(groups.values())
+            self._asked = [(groups[which], key) for which, key in zip(asked, keys, strict=True)]
             by_id = {group.id: group for group in self.groups}
             for act in self._acts:
                 if act["group"] in by_id:
@@ -144,17 +150,21 @@ class Ballot:
         """Whether every group is done or skipped, within so many seconds."""
         return self._is_complete.wait(seconds)
 
-    def scores(self, keys: Sequence[str], prompts: Sequence[str]) -> list[float | None]:
+    def scores(self) -> list[float | None]:
         """The scores of the pictures of [`ask`]; None of a group that was skipped. The groups are closed with this."""
         with self._lock:
-            by_prompt = {group.prompt: group for group in self.groups}
             self.groups = []
             self._changed()
-        found = []
-        for key, prompt in zip(keys, prompts, strict=True):
-            group = by_prompt[prompt]
-            found.append(None if group.state == "skipped" else float(group.scores.get(key, 0)))
-        return found
+        return [None if group.state == "skipped" else float(group.scores.get(key, 0)) for group, key in self._asked]
+
+    def _kept(self, picture: Image.Image, prompt: str) -> str:
+        """The key of a picture, which is on disk then."""
+        picture = to_rgb(picture)
+        key = picture_key(prompt, picture)
+        path = self.picture_path(key)
+        if not path.exists():
+            write_whole(path, png(picture))
+        return key
 
     # ---- People's side ----
 
@@ -189,23 +199,17 @@ class Ballot:
             self._changed()
             return True
 
-    @property
-    def num_votes(self) -> int:
-        """Groups that were done, in all runs of this folder."""
-        with self._lock:
-            return sum(act["act"] == "done" for act in self._acts)
-
     def snapshot(self) -> dict[str, Any]:
         """What is asked now and what was voted on it, as JSON; `version` is another whenever that has changed."""
         with self._lock:
             groups = [
                 {
-                    "id": group.id, "prompt": group.prompt, "state": group.state,
+                    "id": group.id, "prompt": group.prompt, "source": group.source, "state": group.state,
                     "images": [[key, group.scores.get(key, 0)] for key in group.keys],
                 }
                 for group in self.groups
             ]  # fmt: skip
-            return {"groups": groups, "votes": self.num_votes, "version": self.version}
+            return {"groups": groups, "version": self.version}
 
     def picture_path(self, key: str) -> Path:
         return self.folder / IMAGES_FOLDER / f"{key}.png"
@@ -306,6 +310,13 @@ def save_pairs(folder: str | os.PathLike) -> Path | None:
 
 def _pairs(folder: str | os.PathLike) -> Iterator[dict[str, Any]]:
     return Ballot(folder).pairs()
+
+
+def png(picture: Image.Image) -> bytes:
+    """A picture as a PNG file, compressed little: people wait for a generation of them."""
+    content = io.BytesIO()
+    picture.save(content, "PNG", compress_level=1)
+    return content.getvalue()
 
 
 def write_whole(path: Path, content: bytes) -> None:

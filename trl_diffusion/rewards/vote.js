@@ -73,6 +73,7 @@ function showGroup(group) {
   const name = group.id;
   if (name !== shown) {
     shown = name;
+    byId("source").replaceChildren(...(group.source ? [picture(group.source, "the picture that the prompt edits")] : []));
     byId("grid").replaceChildren(
       ...group.images.map(([key], i) => {
         const button = document.createElement("button");

@@ -18,7 +18,6 @@ import errno
 import hashlib
 import hmac
 import http
-import io
 import json
 import os
 import secrets
@@ -32,12 +31,14 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from transformers.utils import logging
 
-from .ballot import IMAGES_FOLDER, Ballot, save_pairs, write_whole
+from .ballot import IMAGES_FOLDER, VOTES_FILE, Ballot, png, save_pairs, write_whole
 from .base import BlackBoxReward
 
 
-DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8765
+logger = logging.get_logger(__name__)
+
 LONGEST_REQUEST = 10_000  # bytes
 PAGE = {"": ("vote.html", "text/html; charset=utf-8"), "vote.js": ("vote.js", "text/javascript; charset=utf-8")}
 HEADERS = {
@@ -68,8 +69,8 @@ class VoteReward(BlackBoxReward):
     def open(
         self,
         folder: str | os.PathLike,
-        host: str = DEFAULT_HOST,
-        port: int = DEFAULT_PORT,
+        host: str = "127.0.0.1",
+        port: int = 0,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> str:
         """
@@ -78,7 +79,7 @@ class VoteReward(BlackBoxReward):
         Args:
             folder (`str` or `Path`): where votes, pictures and the token are kept.
             host (`str`, *optional*, defaults to `"127.0.0.1"`): address to listen on.
-            port (`int`, *optional*, defaults to `8765`): the next free one is taken where it is in use.
+            port (`int`, *optional*): its port; by default, and where that is in use, a free one.
             meanwhile (`Callable`, *optional*): called twice a second while votes are waited for; may raise, to stop that.
 
         Returns:
@@ -121,26 +122,47 @@ class VoteReward(BlackBoxReward):
     def keep_pictures_before(self, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> None:
         """Keep what the model made of some prompts before the training."""
         for prompt, picture in zip(prompts, pictures, strict=True):
-            write_whole(self._path_before(prompt), _png(picture))
+            write_whole(self._path_before(prompt), png(picture))
 
     def _path_before(self, prompt: str) -> Path:
         return self.ballot.folder / IMAGES_FOLDER / f"before-{hashlib.sha256(prompt.encode()).hexdigest()[:24]}.png"
 
-    def __call__(self, images: list[Image.Image], prompts: list[str]) -> list[float | None]:
+    def __call__(
+        self, images: list[Image.Image], prompts: list[str], condition_image: list[Image.Image] | None = None
+    ) -> list[float | None]:
         if self.ballot is None:
             raise ValueError("People vote during a training of ChunkGRPOTrainer alone, with reward_funcs='vote'.")
-        keys = self.ballot.ask(images, prompts)
+        self.ballot.ask(images, prompts, condition_image)
         while not self.ballot.wait(0.5):
             self._meanwhile()
-        return self.ballot.scores(keys, prompts)
+        return self.ballot.scores()
 
     def close(self) -> None:
-        """Write the pairs, and serve the page no more."""
-        if self._server is not None:
-            self._server.show("The training is over, or was stopped.", None, ())
-            save_pairs(self.ballot.folder)
-            self._server.close()
-            self._server = self.ballot = None
+        """Serve the page no more, and write the pairs."""
+        if self._server is None:
+            return
+        folder = self.ballot.folder
+        self._server.close()
+        self._server = self.ballot = None
+        try:
+            save_pairs(folder)
+        except OSError as error:  # a training is not lost for that, nor what ended it
+            logger.warning(
+                f"The pairs of votes could not be written: {error}. The votes are in {folder / VOTES_FILE}; "
+                "trl_diffusion.rewards.ballot.save_pairs(folder) writes the pairs once that is mended."
+            )
+
+
+def check_votes(folder: str | os.PathLike, host: str, port: int) -> None:
+    """
+    Refuse what [`VoteReward.open`] would refuse, for instance before weights are loaded.
+
+    Raises:
+        `ValueError`: the address cannot be listened on, or the folder has another file in place of the votes.
+    """
+    if (Path(folder) / VOTES_FILE).exists():
+        Ballot(folder)
+    _listening(host, port, BaseHTTPRequestHandler).server_close()
 
 
 class VoteServer:
@@ -160,13 +182,7 @@ class VoteServer:
         self._shown: dict[str, bytes] = {}
         self._version, self._run = 0, secrets.token_hex(8)
         self.is_closed = False
-        handler = type("Handler", (_Handler,), {"site": self})
-        try:
-            self._http = _server(host, port, handler)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise ValueError(f"vote_host={host!r} cannot be listened on: {error.strerror}.") from error
-            self._http = _server(host, 0, handler)
+        self._http = _listening(host, port, type("Handler", (_Handler,), {"site": self}))
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
         self._thread.start()
 
@@ -186,7 +202,7 @@ class VoteServer:
             shown, rows = {}, []
             for i, (prompt, before, now) in enumerate(strip):
                 for kind, picture in (("before", before), ("now", now)):
-                    shown[f"{kind}-{i}"] = _png(picture)
+                    shown[f"{kind}-{i}"] = png(picture)
                 rows.append({"prompt": prompt, "before": f"before-{i}", "now": f"now-{i}"})
             self._shown, self._strip = shown, rows
         self._version += 1
@@ -202,7 +218,7 @@ class VoteServer:
         """A picture that is voted on by its key, or one of the strip."""
         if name in self._shown:
             return self._shown[name]
-        asked = {key for group in list(self.ballot.groups) for key in group.keys}
+        asked = {key for group in list(self.ballot.groups) for key in (group.source, *group.keys)}
         return self.ballot.picture_path(name).read_bytes() if name in asked else None
 
     def act(self, name: str, request: dict[str, Any]) -> None:
@@ -287,17 +303,22 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing: the address has the token in it."""
 
 
-def _server(host: str, port: int, handler: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServer:
-    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-    # One port must not be two servers': `allow_reuse_port` stays off.
-    server_class = type("Server", (ThreadingHTTPServer,), {"address_family": family, "daemon_threads": True})
-    return server_class((host, port), handler)
-
-
-def _png(picture: Image.Image) -> bytes:
-    content = io.BytesIO()
-    picture.save(content, "PNG")
-    return content.getvalue()
+def _listening(host: str, port: int, handler: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServer:
+    """A server at an address, on a free port where that one is in use."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        server_class = type("Server", (ThreadingHTTPServer,), {"address_family": family})
+        try:
+            return server_class((host, port), handler)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            return server_class((host, 0), handler)
+    except OSError as error:
+        raise ValueError(
+            f"The page of votes cannot be served at vote_host={host!r}, vote_port={port}: {error.strerror}. Leave them unset "
+            "for this machine alone, or give an address of it."
+        ) from error
 
 
 def _token(folder: Path) -> str:

@@ -394,8 +394,8 @@ class DiffusionTrainer(PublishingTrainer):
         once, at the first evaluation.
 
         Returns:
-            `dict[str, float]`: the means of `{prefix}_reward`, the weighted sum of the rewards, of each reward
-            `{prefix}_rewards/{name}/mean` and of each watched one `{prefix}_watch/{name}/mean`. With an adapter besides
+            `dict[str, float]`: the means of `{prefix}_reward`, the weighted sum of the rewards that score single images, of each
+            of these `{prefix}_rewards/{name}/mean` and of each watched one `{prefix}_watch/{name}/mean`. With an adapter besides
             those of the base model, `{prefix}_base/reward` and so on, and the share of the images that are better than
             the base model's, ties by half, `{prefix}_win_rate/reward`, `{prefix}_win_rate/rewards/{name}` and so on.
         """
@@ -420,7 +420,7 @@ class DiffusionTrainer(PublishingTrainer):
     def _evaluation_names(self) -> list[str]:
         """The names of what `_evaluation_scores` gives."""
         return [
-            "reward",
+            *(["reward"] if self._evaluated_rewards else []),
             *(f"rewards/{name}/mean" for name in self._evaluated_rewards),
             *(f"watch/{name}/mean" for name in self.watched_rewards),
         ]
@@ -435,7 +435,7 @@ class DiffusionTrainer(PublishingTrainer):
         weights = [weight for name, weight in zip(self.rewards, self.reward_weights, strict=True) if name in evaluated]
         total = (scores * scores.new_tensor(weights)).nansum(1)
         return {
-            "reward": total,
+            **({"reward": total} if evaluated else {}),
             **{f"rewards/{name}/mean": column for name, column in zip(evaluated, scores.unbind(1), strict=True)},
             **{
                 f"watch/{name}/mean": column

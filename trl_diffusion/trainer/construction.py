@@ -154,8 +154,12 @@ def announce_plan(
         return
     if flow.denoiser.config.get("quantization_config") is not None and args.quantization is None:
         return  # quantised by its owner, in a way that is not known here
-    planner = Planner(configurations_of(flow.pipeline), args, rewards, peft_config, args.sharding, args.world_size)
-    plan = planner.plan(_memory_of(args.device), with_remedies=False)
+    try:
+        planner = Planner(configurations_of(flow.pipeline), args, rewards, peft_config, args.sharding, args.world_size)
+        plan = planner.plan(_memory_of(args.device), with_remedies=False)
+    except Exception as error:  # a network may do what only real tensors can: no reason not to train it
+        logger.warning(f"What the run needs could not be planned: {type(error).__name__}: {error}")
+        return
     # As transformers prints its logs: whatever the level of logging.
     print(f"{plan.summary} `trl-diffusion plan` says of what, and what would lower it.", flush=True)  # noqa: T201
 

@@ -28,7 +28,7 @@ from peft import PeftConfig
 from ..data.prompts import CONDITION_IMAGE, check_prompts, column_names
 from ..hub import check_lora_config
 from ..models.quantization import check_quantization
-from ..rewards import Reward, VideoRewardModel, check_reward, check_scores_apart
+from ..rewards import Reward, VideoRewardModel, check_reward, check_scores_apart, scores_generations
 from ..runtime.reliable_trainer import OptimizerWithModes
 from ..runtime.updates import check_optimizers
 from .base_config import DiffusionConfig
@@ -122,6 +122,11 @@ def check_rewards(
         check_reward(spec, columns)
     for spec in watched:
         check_scores_apart(spec)
+    if args.eval_strategy != "no" and not watched and all(map(scores_generations, trained)):
+        raise ValueError(
+            f"eval_strategy is {args.eval_strategy.value!r}, but {trained[0]!r} scores generations of the training alone, so "
+            "there is nothing to evaluate with. Add another reward, one in watch_reward_funcs, or set eval_strategy='no'."
+        )
     if args.reward_weights is not None and len(args.reward_weights) != len(trained):
         raise ValueError(
             f"reward_weights has {len(args.reward_weights)} values for {len(trained)} reward functions. Give "

@@ -15,7 +15,7 @@
 """Settings of the methods that train on images of their own, compared within groups."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from accelerate.utils import get_int_from_env
 
@@ -142,6 +142,15 @@ class OnlineConfig(DiffusionConfig):
             raise ValueError(f"num_iterations must be at least 1, got {self.num_iterations}.")
         if get_int_from_env(_WORLD_SIZE_VARIABLES, 0) == 0:
             self._resolve_batches(1)  # no launcher: one process
+
+    def refuse_votes(self) -> None:
+        """Refuse settings of votes, for a run without any."""
+        for each in fields(self):
+            if each.name.startswith("vote_") and getattr(self, each.name) != each.default:
+                raise ValueError(
+                    f"{each.name}={getattr(self, each.name)!r} has no effect without the reward 'vote'. Add it to the rewards, or "
+                    f"leave {each.name} unset."
+                )
 
     def _check_processes(self) -> None:
         super()._check_processes()

@@ -35,7 +35,7 @@ from ..flow.sde import TransitionCoefficients
 from ..objectives import aggregate_advantages
 from ..rewards import Reward, scores_generations, to_pil
 from ..rewards.calls import RewardError, Scorer, raise_failure
-from ..rewards.vote import VoteReward
+from ..rewards.vote import VoteReward, check_votes
 from ..runtime.overlap import SideWork
 from ..runtime.policies import CURRENT
 from .base_trainer import DiffusionTrainer
@@ -74,6 +74,8 @@ class OnlineTrainer(DiffusionTrainer):
         self._micro_batches: list[Generation] | None = None
         self._columns_missing = False  # of micro-batches from a checkpoint
         self._voters = next((reward for reward in self.rewards.values() if isinstance(reward, VoteReward)), None)
+        if self._voters is not None and self.num_frames is not None:
+            raise ValueError("The reward 'vote' shows pictures, and the model makes videos. Use another reward.")
 
     # ---- What a subclass defines ----
 
@@ -112,27 +114,32 @@ class OnlineTrainer(DiffusionTrainer):
     def _check_before_loading(
         self, args: OnlineConfig, train_dataset: Dataset | IterableDataset, reward_specs: list[str | Reward]
     ) -> None:
-        together = [spec for spec in reward_specs if scores_generations(spec)]
-        if not together:
+        together = next((spec for spec in reward_specs if scores_generations(spec)), None)
+        if together is None:
+            args.refuse_votes()
             return
-        reason = f"The reward {together[0]!r} scores whole generations"
+        reason = f"The reward {together!r} scores whole generations"
         if args.world_size > 1:
             raise ValueError(f"{reason}, and with {args.world_size} processes none has one. Train on one process.")
         if args.overlap_rewards:
             raise ValueError(f"{reason}, and overlap_rewards=True scores parts of them. Leave it at False.")
+        check_votes(self._votes_folder(args), args.vote_host, args.vote_port)
 
     def train(self, *args, **kwargs):
         if self._voters is None:
             return super().train(*args, **kwargs)
-        if self.num_frames is not None:
-            raise ValueError("The reward 'vote' shows pictures, and the model makes videos. Use another reward.")
-        folder = Path(self.args.output_dir) / "votes"
         # People take their time: SIGTERM ends the run while it waits for them.
-        self._voters.open(folder, self.args.vote_host, self.args.vote_port, meanwhile=self._stop_if_terminated)
+        self._voters.open(
+            self._votes_folder(self.args), self.args.vote_host, self.args.vote_port, meanwhile=self._stop_if_terminated
+        )
         try:
             return super().train(*args, **kwargs)
         finally:
             self._voters.close()
+
+    @staticmethod
+    def _votes_folder(args: OnlineConfig) -> Path:
+        return Path(args.output_dir) / "votes"
 
     def _tell_voters(self) -> None:
         """Where the training is, and the same pictures before it and now."""
