@@ -47,6 +47,9 @@ MODELS = {
     "chroma": "lodestones/Chroma1-HD",
     "krea2": "krea/Krea-2-Raw",
     "flux-kontext": "black-forest-labs/FLUX.1-Kontext-dev",
+    "sd35-large": "stabilityai/stable-diffusion-3.5-large",
+    "qwen-image": "Qwen/Qwen-Image",
+    "qwen-image-edit": "Qwen/Qwen-Image-Edit-2509",
     "sana": "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers",
     "wan": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
 }
@@ -74,10 +77,7 @@ def test_there_is_a_file_for_everything_that_fits():
         for family in MODELS.keys() - {"flux"}
         for place in ("80gb", "24gb")
     }
-    without_room = {
-        ("srpo", "flux", "hpsv3", "24gb"),
-        *((method, "flux2-dev", "hpsv2", "24gb") for method in TRAINERS),
-    }
+    without_room = {("srpo", "flux", "hpsv3", "24gb")}
     assert set(map(named, FILES)) == wanted - without_room
     assert len({yaml.safe_load(path.read_text())["output_dir"] for path in FILES}) == len(FILES)
 

@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 import requests
 import torch
@@ -567,13 +568,14 @@ class TestPage:
         address = next(match[1] for line in run.stdout if (match := re.match(r"Vote at (\S+)", line)))
         page = browser.new_page()
         page.goto(address)
-        images = page.locator("#grid button")
+        images, contrasts = page.locator("#grid button"), []
         for _ in range(10 * 3):
             page.locator("#voting:not([hidden])").wait_for(timeout=120_000)
             prompt, first = page.locator("#prompt").inner_text(), images.first.get_attribute("data-key")
             keys = images.evaluate_all("all => all.map(each => each.dataset.key)")
             found = [Image.open(tmp_path / "votes" / "images" / f"{key}.png") for key in keys]
             contrast = shapes.judge(found, [prompt] * len(found))["contrast"]
+            contrasts.append(contrast)
             for rank, index in enumerate(contrast.argsort()[::-1][:4]):
                 for score in range(1, 3 if rank < 2 else 2):
                     images.nth(index).click()
@@ -586,6 +588,9 @@ class TestPage:
         assert run.wait(240) == 0
         results = json.loads((tmp_path / "results.json").read_text())
         assert results["change"]["contrast"]["low"] > 0.05
+        # The curve is of the pictures that were voted on.
+        curve = [point["contrast"] for point in results["reward_curve"]]
+        assert curve == pytest.approx(np.reshape(contrasts, (10, -1)).mean(1), rel=1e-4)
         for name in ("before_after.png", "reward.png", "README.md", "pytorch_lora_weights.safetensors"):
             assert (tmp_path / name).stat().st_size > 0
         assert len(load_from_disk(tmp_path / "votes" / "pairs")) > 10 * 3 * 3
@@ -603,8 +608,6 @@ def test_a_script_votes_by_a_measure(tmp_path):
 
 
 def shapes_picture(contrast):
-    import numpy as np
-
     picture = np.full((32, 32, 3), 10, dtype=np.uint8)
     picture[10:22, 10:22, 0] = 10 + round(240 * contrast)
     return picture

@@ -22,14 +22,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .demo_chunk_grpo import CONFIG as CHUNK_GRPO
-from .demo_run import REWARD, STYLE_MEASURES, WATCHED, Demo, shapes_arguments
+from .demo_run import REWARD, STYLE_MEASURES, Demo, shapes_arguments
 
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from PIL import Image
+
     from ..trainer.base_trainer import DiffusionTrainer
 
 
-VOTERS = (*STYLE_MEASURES, "attributes")
+VOTERS = (*STYLE_MEASURES, "attributes")  # measures of the judge
 
 # With those of the Chunk-GRPO demo.
 CONFIG = {
@@ -54,7 +58,7 @@ class VoteDemo(Demo):
     def __init__(self, voter: str | None = None):
         self.voter = voter
         voted = {} if voter is None else {REWARD if voter == "attributes" else voter: "voted for"}
-        self.notes = {WATCHED: "watched", **dict.fromkeys(STYLE_MEASURES, "style"), **voted}
+        self.notes = {**dict.fromkeys(STYLE_MEASURES, "style"), **voted}
 
     def make_trainer(self, **settings: Any) -> "DiffusionTrainer":
         from transformers import TrainerCallback
@@ -73,38 +77,56 @@ class VoteDemo(Demo):
             reward_funcs=people,
             args=ChunkGRPOConfig(**{**CONFIG, **settings}),
             callbacks=[] if voter is None else [Script()],
-            watch_reward_funcs=[WATCHED],
+            watch_reward_funcs=list(map(measure_of_the_judge, VOTERS)),
             **shapes_arguments(),
         )
 
     def progress_line(self, logs: Mapping[str, float]) -> str | None:
         if "rewards/vote/mean" not in logs:
             return None
-        return f"votes {logs['rewards/vote/mean']:.2f} a picture  {WATCHED} {logs[f'watch/{WATCHED}/mean']:.3f}"
+        return "  ".join(f"{name} {logs[f'watch/{name}/mean']:.3f}" for name in VOTERS)
 
     def curve(self, log_history: list[dict[str, float]]) -> list[dict[str, float]]:
         return [
-            {"step": logs["step"], "votes": logs["rewards/vote/mean"], WATCHED: logs[f"watch/{WATCHED}/mean"]}
+            {
+                "step": logs["step"],
+                "votes": logs["rewards/vote/mean"],
+                **{name: logs[f"watch/{name}/mean"] for name in VOTERS},
+            }
             for logs in log_history
             if "rewards/vote/mean" in logs
         ]
 
     def plot(self, curve: list[dict[str, float]], path: Path) -> None:
-        """Writes the mean vote of each step, and what is watched."""
+        """
+        Writes what the judge measures of the pictures of each step: votes compare the pictures of a prompt, so their mean
+        says little.
+        """
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(8, 5), layout="constrained")
-        above, below = figure.subplots(2, 1, sharex=True)
+        figure = Figure(figsize=(8, 7), layout="constrained")
+        panels = figure.subplots(len(VOTERS), 1, sharex=True)
         steps = [point["step"] for point in curve]
-        above.plot(steps, [point["votes"] for point in curve], "o-", color="tab:blue")
-        below.plot(steps, [point[WATCHED] for point in curve], "o-", color="tab:orange")
-        above.set_title("Votes during training")
-        above.set_ylabel("votes a picture\n(0, 1 or 2)")
-        below.set_ylabel(f"{WATCHED}\n(watched, not trained)")
-        below.set_xlabel("optimizer step")
-        for axes in (above, below):
+        for axes, name in zip(panels, VOTERS, strict=True):
+            color = "tab:blue" if name == self.voter else "tab:gray"
+            axes.plot(steps, [point[name] for point in curve], "o-", color=color)
+            axes.set_ylabel(f"{name}\n(voted for)" if name == self.voter else name)
             axes.grid(alpha=0.3)
+        panels[0].set_title("The pictures that were voted on")
+        panels[-1].set_xlabel("optimizer step")
         figure.savefig(path, dpi=120)
+
+
+def measure_of_the_judge(name: str) -> "Callable[..., list[float]]":
+    """One measure of the judge, as a reward that is watched under its name."""
+
+    def measured(images: "list[Image.Image]", prompts: list[str]) -> list[float]:
+        from .. import shapes
+
+        return shapes.judge(images, prompts)[name].tolist()
+
+    measured.__name__ = name
+    return measured
 
 
 def vote(address: str, voter: str) -> None:
