@@ -11,12 +11,13 @@ INSTALLED_FLOORS := $(FLOORS)/.installed
 # Processes of the suite; each uses one core.
 JOBS ?= 2
 
-.PHONY: help setup demo demo-srpo demo-vote test floors campaigns docs lint format clean
+.PHONY: help setup demo demo-srpo demo-vote miniature test floors campaigns docs lint format clean
 
 help:
 	@echo "make demo       align the small built-in FLUX on this machine and write the results to demo-chunk-grpo/"
 	@echo "make demo-srpo  the same with SRPO, to demo-srpo/"
 	@echo "make demo-vote  the same with your clicks on a page as the reward, to demo-vote/"
+	@echo "make miniature  the papers' claims in small, with seeds and intervals, many hours; ARMS=\"step temporal\" for some arms"
 	@echo "make test       run the whole test suite"
 	@echo "make floors     run the suite, but for what needs DeepSpeed, with the lowest versions that pyproject.toml allows"
 	@echo "make docs       build the documentation site into site/"
@@ -45,6 +46,10 @@ demo-vote: $(INSTALLED)
 
 demo-srpo: $(INSTALLED)
 	$(BIN)/trl-diffusion demo srpo $(DEMO_ARGS)
+
+miniature: $(INSTALLED_ALL)
+	OMP_NUM_THREADS=1 $(BIN)/python examples/miniature/run.py $(if $(ARMS),--arms $(ARMS))
+	$(BIN)/python examples/miniature/page.py
 
 test: $(INSTALLED_ALL)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TEST_ARGS)

@@ -23,11 +23,15 @@ PYTHONPATH=tests python tests/campaigns/full_width.py --sizes 64x96 --dtypes flo
 ```
 
 Each case runs in a process of its own. The loss is finite, the LoRA changes and nothing else does, the reward sees pictures
-of the size, and the ratio of Chunk-GRPO is exactly 1. Without bfloat16 instructions a CPU multiplies bfloat16 a hundred times
-more slowly than float32: then leave it out, or take small sizes.
+of the size, and the ratio of Chunk-GRPO is exactly 1.
+
+A CPU without bfloat16 instructions multiplies bfloat16 a hundred times more slowly than float32. There, products and
+convolutions of bfloat16 values are accumulated in float32 and rounded to bfloat16, as a GPU does; all else, what is kept and
+what is handed on stays in bfloat16.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -45,6 +49,8 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from tiny_models import clip_tokenizer, t5_tokenizer, tiny_flux_pipeline, tiny_qwen_image_pipeline
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from transformers import (
     CLIPModel,
     CLIPTextConfig,
@@ -146,6 +152,45 @@ class RandomTower(HPSv2Reward):
         return super().image_features(images)
 
 
+class AccumulateInFloat32(TorchDispatchMode):
+    """Products of bfloat16 on the CPU are computed in float32 and rounded: what a GPU's bfloat16 units do."""
+
+    PRODUCTS = {
+        "mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "convolution", "convolution_backward", "conv2d", "conv3d",
+        "scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
+    }  # fmt: skip
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function.overloadpacket.__name__ not in self.PRODUCTS:
+            return function(*args, **kwargs)
+        bfloat16 = False
+
+        def widened(tensor):
+            nonlocal bfloat16
+            if tensor.dtype != torch.bfloat16 or tensor.device.type != "cpu":
+                return tensor
+            bfloat16 = True
+            return tensor.float()
+
+        args, kwargs = tree_map_only(torch.Tensor, widened, (args, kwargs))
+        found = function(*args, **kwargs)
+        if not bfloat16:
+            return found
+        if function.overloadpacket.__name__ == "_scaled_dot_product_flash_attention_for_cpu":
+            output, logsumexp = found  # the second is float32 whatever the input is
+            return output.bfloat16(), logsumexp
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.bfloat16(), found)
+
+
+def arithmetic(dtype: str) -> contextlib.AbstractContextManager:
+    """What the CPU needs to multiply `dtype` in bearable time."""
+    if dtype == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return AccumulateInFloat32()
+    return contextlib.nullcontext()
+
+
 def checksums(module: torch.nn.Module) -> dict[str, int]:
     """Of the frozen weights, bit for bit."""
     return {
@@ -173,7 +218,7 @@ def check(family: str, kind: str, size: str, dtype: str, small: bool = False) ->
         reward = RandomTower(getattr(torch, dtype), small) if kind == "srpo" else SizedWarmth()
     finally:
         torch.set_default_dtype(torch.float32)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, arithmetic(dtype):
         settings = {
             "output_dir": folder, "height": height, "width": width, "num_inference_steps": 2, "max_steps": 1,
             "per_device_train_batch_size": 1 + (kind == "chunk_grpo" or small), "learning_rate": 1e-2, "bf16": dtype == "bfloat16", "use_cpu": True,

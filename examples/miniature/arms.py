@@ -1,0 +1,234 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What is compared: the arms with their settings, and the questions with the claims that they answer."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+# What the protocol fixes for every arm.
+TUNING_SEEDS = (100, 101)
+SEEDS = tuple(range(8))
+STEPS = 7  # T: six transitions to be cut into chunks
+NUM_IMAGES = 512  # of held-out prompts, at the end of a run
+NUM_CURVE_IMAGES = 128  # the first of them, during a run
+CURVE_POINTS = 4
+
+# The layout that chunk_sizes="temporal" finds on the base model with four chunks, so that every seed has the same.
+LAYOUT = [2, 3, 1]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """
+    One way to train.
+
+    Args:
+        method (`str`): `"chunk_grpo"`, `"srpo"`, or `"steps"`: step-level GRPO whose steps weigh as in chunks of `LAYOUT`.
+        rows (`int`): budget, in rows that go through the network, of rollouts and of updates.
+        learning_rates (`tuple[float, ...]`): those that are tried.
+        settings (`dict`): of the trainer's configuration, on top of those of all arms of the method.
+        reward (`str`): `"attribute_share"` (the judge, a black box) or `"shapes-clip"` (differentiable).
+        measure (`str`): held-out measure by which the learning rate is chosen, and arms are compared.
+        fractions (`tuple[float, ...]`): hybrids that are measured at the end besides the trained model.
+    """
+
+    method: str
+    rows: int
+    learning_rates: tuple[float, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    reward: str = "attribute_share"
+    measure: str = "attribute_share"
+    fractions: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`arm` minus `against`, on `measure`; what the paper says of it, and whether the paper has it above or below 0."""
+
+    arm: str
+    against: str
+    claim: str
+    sign: int = 1
+    measure: str | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    number: int
+    title: str
+    comparisons: tuple[Comparison, ...]
+    note: str = ""
+
+    @property
+    def arms(self) -> list[str]:
+        """Each once, those that others are compared with first."""
+        names = [c.against for c in self.comparisons] + [c.arm for c in self.comparisons]
+        return list(dict.fromkeys(name.split("@")[0] for name in names))
+
+
+GRPO_ROWS = 24_000
+DIRECT_ROWS = 12_000
+
+
+def grpo(rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3), method: str = "chunk_grpo", **settings: Any) -> Arm:
+    """On the judge's share of right attributes. Off-policy arms have as many images an update."""
+    fractions = settings.pop("fractions", ())
+    return Arm(method, GRPO_ROWS, rates, settings, fractions=fractions)
+
+
+def style(rates: tuple[float, ...] = (1e-4, 2e-4, 4e-4), **settings: Any) -> Arm:
+    """SRPO towards sharp pictures, by words that the generator never sees."""
+    return Arm("srpo", DIRECT_ROWS, rates, settings, reward="shapes-clip", measure="style")
+
+
+def plain(rates: tuple[float, ...], method: str = "srpo", **settings: Any) -> Arm:
+    """Long training on what `shapes-clip` makes of the plain prompt; the judge tells what comes of it."""
+    return Arm(method, GRPO_ROWS, rates, settings, reward="shapes-clip")
+
+
+def off_policy(updates: int, **settings: Any) -> Arm:
+    return grpo((5e-4, 1e-3, 2e-3), steps_per_generation=updates, **settings)
+
+
+ABSOLUTE = {"preference": "absolute"}
+STEP = {"chunk_sizes": "equal:1"}
+UNIFORM = {"chunk_sizes": LAYOUT}
+TEMPORAL = {"chunk_sizes": LAYOUT, "chunk_sampling": "temporal"}
+HYBRIDS = (0.4, 0.6, 0.8)
+
+ARMS: dict[str, Arm] = {
+    # On-policy
+    "step": grpo(**STEP, fractions=HYBRIDS),
+    "temporal": grpo(**TEMPORAL, fractions=HYBRIDS),
+    "temporal-uniform": grpo(**UNIFORM),
+    "equal-2": grpo(chunk_sizes="equal:2"),
+    "one-chunk": grpo(chunk_sizes="equal:6"),
+    "weighted-steps": grpo(method="steps", **STEP),
+    # Several updates a generation
+    **{
+        f"{layout}-{bound}-{updates}": off_policy(updates, **chunks, **bounds)
+        for updates in (2, 4)
+        for bound, bounds in (
+            ("clip", {"epsilon": 5e-5}),
+            ("kl", {"trust_region": "kl", "kl_threshold": 1e-5}),
+            ("guard", {"trust_region": "guard", "epsilon": 2e-6}),
+        )
+        for layout, chunks in (("step", STEP), ("chunk", UNIFORM))
+    },
+    "weighting-clip-2": off_policy(2, **UNIFORM, loss_weighting="inverse_chunk_size", epsilon=5e-5),
+    # Which steps are noisy
+    "trained-noise": grpo(**UNIFORM, stochastic_steps="trained"),
+    "sliding-window": grpo(stochastic_steps="trained", train_window=4, window_interval=5),
+    "random-window": grpo(stochastic_steps="trained", train_window=4, window_schedule="random"),
+    # Through the reward's gradient: style
+    "relative": style(),
+    "difference": style(preference="difference"),
+    "interpolated": style(preference="interpolated"),
+    "denoise-only": style(branches=["denoise"]),
+    "inversion-only": style(branches=["inversion"]),
+    "low-noise": style(sigma_range=[0.1, 0.45]),
+    # Through the reward's gradient: the plain prompt
+    "direct-align": plain((2.5e-4, 5e-4, 1e-3), **ABSOLUTE, sigma_range=[0.75, 0.964], delta_sigma=None),
+    "refl": plain((2.5e-4, 5e-4, 1e-3), **ABSOLUTE, estimator="refl", sigma_range=[0.1, 0.6]),
+    "draft": plain((2.5e-4, 5e-4, 1e-3), **ABSOLUTE, estimator="draft"),
+    "grpo-on-clip": plain((5e-4, 1e-3, 2e-3), method="chunk_grpo", **UNIFORM),
+}
+
+
+def versus_step(bound: str, updates: int) -> Comparison:
+    return Comparison(
+        f"chunk-{bound}-{updates}", f"step-{bound}-{updates}",
+        f"chunks help with {updates} updates a generation, bounded by {bound}",
+    )  # fmt: skip
+
+
+QUESTIONS = (
+    Question(
+        1,
+        "Chunk against step level, on-policy, at equal compute",
+        (
+            Comparison("temporal", "step", "temporal layout and sampling beat step level (HPSv3 +0.293 over DanceGRPO)"),
+            Comparison("temporal-uniform", "step", "the temporal layout beats step level (+0.156)"),
+            Comparison("equal-2", "step", "chunks of 2 beat step level (+0.035)"),
+            Comparison("one-chunk", "step", "one chunk of all steps beats step level (+0.062)"),
+        ),
+    ),
+    Question(
+        2,
+        "Is it more than a weighting?",
+        (
+            Comparison("temporal-uniform", "weighted-steps", "chunks beat steps of the same weights that are drawn singly"),
+            Comparison("weighted-steps", "step", "the weights of chunks alone beat step level"),
+            Comparison(
+                "chunk-clip-2", "weighting-clip-2",
+                "off-policy, one ratio a chunk beats one ratio a step with the same weights and draws",
+            ),
+        ),
+        "On-policy, chunks and steps of the same weights and the same draws have one gradient: that is mathematics.",
+    ),
+    Question(
+        3,
+        "Which layout, which sampling",
+        (
+            Comparison("temporal-uniform", "equal-2", "the temporal layout beats equal chunks (+0.121)"),
+            Comparison("temporal", "temporal-uniform", "weighted sampling beats uniform sampling (+0.137)"),
+        ),
+    ),
+    Question(
+        4,
+        "Several updates a generation",
+        tuple(versus_step(bound, updates) for updates in (2, 4) for bound in ("clip", "kl", "guard")),
+    ),
+    Question(
+        5,
+        "What SRPO's parts do",
+        (
+            Comparison("relative", "difference", "the discount helps"),
+            Comparison("relative", "interpolated", "relative beats interpolated"),
+            Comparison("relative", "denoise-only", "two branches beat denoising alone"),
+            Comparison("relative", "inversion-only", "two branches beat inversion alone"),
+            Comparison("relative", "low-noise", "high noise beats low noise"),
+            Comparison("relative", "low-noise", "high noise costs fewer right attributes", measure="attribute_share"),
+        ),
+    ),
+    Question(
+        6,
+        "The reward's gradient against GRPO, on one reward",
+        (
+            Comparison("direct-align", "grpo-on-clip", "the gradient through one forward beats GRPO at equal compute"),
+            Comparison("direct-align", "refl", "Direct-Align beats ReFL"),
+            Comparison("direct-align", "draft", "Direct-Align beats DRaFT"),
+        ),
+    ),
+    Question(
+        7,
+        "Hybrid inference: the adapter for a part of the steps",
+        tuple(
+            Comparison(f"{arm}@{fraction}", arm, f"the adapter of {arm} for {100 * fraction:.0f} % of the steps beats all")
+            for arm in ("temporal", "step")
+            for fraction in HYBRIDS
+        ),
+    ),
+    Question(
+        8,
+        "Noise on all steps or on those that train",
+        (
+            Comparison("trained-noise", "temporal-uniform", "noise on the trained chunks alone beats noise on all"),
+            Comparison("sliding-window", "step", "a sliding window of 4 (MixGRPO) beats step level"),
+            Comparison("random-window", "step", "a window drawn anew beats step level"),
+        ),
+    ),
+)  # fmt: skip

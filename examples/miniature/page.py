@@ -1,0 +1,224 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Makes the tables and figures of `docs/miniature.md` from the results that `run.py` keeps.
+
+```bash
+python examples/miniature/page.py            # write them
+python examples/miniature/page.py --check    # status 1 where the page does not say what the results say
+```
+"""
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from arms import ARMS, NUM_CURVE_IMAGES, QUESTIONS, SEEDS, TUNING_SEEDS, Arm, Comparison, Question
+from run import BASE, RESULTS, Run, read, style, tuned
+from scipy import stats
+
+
+DOCS = Path(__file__).parents[2] / "docs"
+BEGIN, END = "<!-- made by examples/miniature/page.py -->", "<!-- end -->"
+CONFIDENCE = 0.95
+POWER = 0.8
+
+
+def student(values: np.ndarray) -> tuple[float, float, float]:
+    """
+    Mean, half of its interval by Student's distribution, and the effect that would be seen with a chance of `POWER`.
+
+    By hand: 1, 2 and 3 have the mean 2, the standard error 1 / sqrt(3) and, with 2 degrees of freedom, 4.303 of it: 2.484.
+    """
+    error = values.std(ddof=1) / math.sqrt(len(values))
+    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
+    return values.mean(), quantile * error, (quantile + stats.t.ppf(POWER, len(values) - 1)) * error
+
+
+@dataclass
+class Results:
+    """What is in the folder, in points: hundred times a share, or per cent of the way to sharp pictures."""
+
+    folder: Path
+    seeds: int = len(SEEDS)
+
+    def __post_init__(self):
+        self.base = json.loads((self.folder / f"{BASE}.json").read_text(encoding="utf-8"))
+        self.rates = {name: tuned(self.folder, name, self.base) for name in ARMS}
+
+    def runs(self, name: str) -> dict[int, dict]:
+        """By seed, at the arm's learning rate."""
+        if self.rates[name] is None:
+            return {}
+        found = {seed: read(self.folder, Run(name, self.rates[name], seed)) for seed in range(self.seeds)}
+        return {seed: run for seed, run in found.items() if run is not None}
+
+    def value(self, run: dict, arm: Arm, measure: str | None, held_out: str = "held_out") -> float:
+        measures = run[held_out] if held_out == "held_out" else run["hybrids"][held_out]
+        if (measure or arm.measure) == "style":
+            return 100 * style(measures, self.base["held_out"], self.base["reference"])
+        return 100 * measures[measure or arm.measure]
+
+    def values(self, name: str, measure: str | None = None) -> dict[int, float]:
+        """By seed; `name` may have the part of a hybrid's steps behind an @."""
+        arm, _, part = name.partition("@")
+        return {seed: self.value(run, ARMS[arm], measure, part or "held_out") for seed, run in self.runs(arm).items()}
+
+    def difference(self, comparison: Comparison) -> np.ndarray:
+        """Of the seeds that both arms have."""
+        arm, against = (self.values(name, comparison.measure) for name in (comparison.arm, comparison.against))
+        return np.array([arm[seed] - against[seed] for seed in range(self.seeds) if seed in arm and seed in against])
+
+    def has(self, arm: str) -> bool:
+        """Whether all its runs are there."""
+        return len(self.runs(arm)) == self.seeds
+
+    def compared(self, question: Question) -> list[Comparison]:
+        """Of which all runs are there."""
+        return [c for c in question.comparisons if len(self.difference(c)) == self.seeds]
+
+
+def verdict(differences: np.ndarray, sign: int) -> str:
+    mean, half, missed = student(differences)
+    if abs(mean) <= half:
+        return f"not seen here; {missed:.1f} would have been"
+    return "holds here" if mean * sign > 0 else "**contradicted here**"
+
+
+def claims(results: Results) -> list[str]:
+    lines = ["| claim | difference in points | verdict |", "|---|---|---|"]
+    for question in QUESTIONS:
+        lines.append(f"| **{question.number}. {question.title}** | | |")
+        compared = results.compared(question)
+        for comparison in compared:
+            differences = results.difference(comparison)
+            mean, half, _ = student(differences)
+            lines.append(
+                f"| {comparison.claim} | {mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f}) | "
+                f"{verdict(differences, comparison.sign)} |"
+            )
+        lines += [f"| {c.claim} | | not run yet |" for c in question.comparisons if c not in compared]
+    return lines
+
+
+def arms_table(results: Results, question: Question) -> list[str]:
+    lines = [
+        "| arm | learning rate | held-out measure | all four attributes right | optimizer steps | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in question.arms:
+        if not results.has(name):
+            continue
+        runs = list(results.runs(name).values())
+        mean, half, _ = student(np.array(list(results.values(name).values())))
+        right = 100 * np.mean([run["held_out"]["all_attributes"] for run in runs])
+        steps, seconds = (np.mean([run[key] for run in runs]) for key in ("steps", "seconds"))
+        rates = ARMS[name].learning_rates
+        edge = ", the edge of what was tried" if results.rates[name] in (rates[0], rates[-1]) else ""
+        lines.append(
+            f"| `{name}` | {results.rates[name]:g}{edge} | {mean:.1f} ± {half:.1f} | {right:.1f} % | {steps:.0f} | {seconds:.0f} |"
+        )
+    return lines
+
+
+def plot(results: Results, question: Question, path: Path) -> None:
+    """Above the held-out measure over rows, below the paired differences with their intervals."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name in question.arms:
+        if not results.has(name):
+            continue
+        runs, arm = list(results.runs(name).values()), ARMS[name]
+
+        def point(measures: dict[str, float], arm: Arm = arm) -> float:
+            if arm.measure == "style":
+                return 100 * style(measures, results.base["curve"], results.base["reference"])
+            return 100 * measures[arm.measure]
+
+        rows = np.array([[0, *(p["rows"] for p in run["curve"])] for run in runs]).mean(0)
+        values = np.array([[point(results.base["curve"]), *map(point, run["curve"])] for run in runs])
+        half = [student(column)[1] if column.std() else 0.0 for column in values.T]
+        (line,) = left.plot(rows / 1000, values.mean(0), marker="o", markersize=3, label=name)
+        left.fill_between(
+            rows / 1000, values.mean(0) - half, values.mean(0) + half, alpha=0.12, color=line.get_color()
+        )
+    left.set_xlabel("thousand rows through the network")
+    left.set_ylabel(f"held out ({NUM_CURVE_IMAGES} images), points")
+    left.legend(fontsize=8)
+    left.grid(alpha=0.3)
+    shown = results.compared(question)
+    for place, comparison in enumerate(reversed(shown)):
+        differences = results.difference(comparison)
+        mean, half, _ = student(differences)
+        right.plot(differences, np.full(len(differences), place), ".", color="gray", alpha=0.6)
+        right.errorbar(mean, place, xerr=half, fmt="o", capsize=4, color="tab:blue")
+    right.set_yticks(range(len(shown)), [f"{c.arm}\n- {c.against}" for c in reversed(shown)], fontsize=8)
+    right.axvline(0, color="black", linewidth=0.8)
+    right.set_ylim(-0.6, len(shown) - 0.4)
+    right.set_xlabel("paired difference at the end, points")
+    right.grid(alpha=0.3, axis="x")
+    figure.suptitle(question.title, fontsize=11)
+    figure.savefig(path, dpi=90)
+
+
+def page(results: Results) -> dict[str, str]:
+    """The parts of the page that are made: the claims, and the questions."""
+    finished = [name for name in ARMS if results.has(name)]
+    compared = [c for question in QUESTIONS for c in results.compared(question)]
+    told = (
+        f"{len(finished)} of {len(ARMS)} arms are run, {len(finished) * (3 * len(TUNING_SEEDS) + results.seeds)} runs, and "
+        f"{len(compared)} differences are told: of so many, {len(compared) / 20:.1f} would be seen by chance where there "
+        "is none."
+    )
+    sections = []
+    for question in QUESTIONS:
+        if results.compared(question):
+            sections += [
+                f"### {question.number}. {question.title}", "", *([question.note, ""] if question.note else []),
+                *arms_table(results, question), "", f"![{question.title}](images/miniature_{question.number}.png)", "",
+            ]  # fmt: skip
+    return {"claims": "\n".join([*claims(results), "", told]), "questions": "\n".join(sections).strip()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (%(default)s)")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder with miniature.md and images/ (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="fresh seeds of an arm (%(default)s)")
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 where the page says otherwise")
+    arguments = parser.parse_args()
+    results = Results(arguments.results, arguments.seeds)
+    path = arguments.docs / "miniature.md"
+    old = new = path.read_text(encoding="utf-8")
+    for name, text in page(results).items():
+        head, rest = new.split(BEGIN.replace("-->", f"({name}) -->"), 1)
+        new = f"{head}{BEGIN.replace('-->', f'({name}) -->')}\n\n{text}\n\n{END}{rest.split(END, 1)[1]}"
+    if arguments.check:
+        return int(new != old)
+    path.write_text(new, encoding="utf-8")
+    for question in QUESTIONS:
+        if results.compared(question):
+            plot(results, question, arguments.docs / "images" / f"miniature_{question.number}.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
