@@ -102,6 +102,15 @@ def settings_of(arm: Arm) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def single_divisor(step: int) -> float:
+    """
+    What the loss of a step that is drawn by itself is divided by. Half of the steps are drawn; chunks, of which one in
+    `len(LAYOUT)` is, weigh a step by 1 over its chunk's size: with this the weights have one mean.
+    """
+    size_of = [size for size in LAYOUT for _ in range(size)]
+    return size_of[step] * len(LAYOUT) / 2
+
+
 def make_trainer(arm: Arm, **settings: Any):
     from trl_diffusion import ChunkGRPOConfig, ChunkGRPOTrainer, SRPOConfig, SRPOTrainer, shapes
     from trl_diffusion.cli.demo_run import shapes_arguments
@@ -111,10 +120,8 @@ def make_trainer(arm: Arm, **settings: Any):
 
         def make_micro_batches(self, rows, index):
             micro_batches = super().make_micro_batches(rows, index)
-            size_of = [size for size in LAYOUT for _ in range(size)]
-            # As many steps as half of the chunks have on average, whose weights have the same mean as theirs.
             for micro_batch in micro_batches:
-                micro_batch.divisors = [size_of[step] * len(LAYOUT) / 2 for (step,) in micro_batch.chunks]
+                micro_batch.divisors = [single_divisor(step) for (step,) in micro_batch.chunks]
             return micro_batches
 
     trainers = {"chunk_grpo": ChunkGRPOTrainer, "steps": StepsDrawnSingly, "srpo": SRPOTrainer}

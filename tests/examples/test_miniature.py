@@ -1,0 +1,168 @@
+# Copyright 2026 The trl_diffusion authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The miniature: its shortest form, its statistics against SciPy's own, and the page against the results that are kept."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+
+FOLDER = Path(__file__).parents[2] / "examples" / "miniature"
+sys.path.insert(0, str(FOLDER))
+import arms as miniature  # noqa: E402
+import page  # noqa: E402
+import run as runner  # noqa: E402
+
+
+def script(name, *arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, str(FOLDER / name), *arguments], capture_output=True, text=True, env=environment, timeout=280
+    )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Two arms of one step each."""
+    folder = tmp_path_factory.mktemp("miniature")
+    shortest = ("--arms", "step", "weighted-steps", "--seeds", "2", "--rows", "0.01", "--num_images", "8")
+    done = script("run.py", *shortest, "--results", str(folder))
+    assert done.returncode == 0, done.stderr
+    return folder, shortest
+
+
+def test_a_run_keeps_all_that_the_page_needs(results):
+    folder, _ = results
+    files = sorted(folder.glob("*/*.json"))
+    assert len(files) == 2 * (3 * 2 + 2)
+    for path in files:
+        found = json.loads(path.read_text())
+        assert found["settings"]["rows"] == 240 <= found["rows"] == found["curve"][-1]["rows"]
+        # The rows of one update: what the trainer says it has computed, without the measurements.
+        assert found["steps"] == 1 and len(found["reward_curve"]) == 1
+        assert 0 <= found["held_out"]["attribute_share"] <= 1
+        assert (
+            found["settings"]["num_inference_steps"] == miniature.STEPS
+            and found["versions"]["torch"] == torch.__version__
+        )
+        assert set(found["hybrids"]) == (
+            {"0.4", "0.6", "0.8"} if found["arm"] == "step" and found["seed"] < 2 else set()
+        )
+    # Seeds are paired over arms: the first rollouts are the same images, whatever is trained of them.
+    base = json.loads((folder / "base.json").read_text())
+    rates = {name: runner.tuned(folder, name, base) for name in ("step", "weighted-steps")}
+    for seed in (0, 1):
+        step, weighted = (
+            json.loads((folder / runner.Run(name, rate, seed).path).read_text()) for name, rate in rates.items()
+        )
+        assert step["reward_curve"] == weighted["reward_curve"]
+        assert step["held_out"] != weighted["held_out"]
+
+
+def test_what_is_there_is_not_run_again_and_other_settings_are_refused(results):
+    folder, shortest = results
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.json")}
+    lost = folder / runner.Run("step", 1e-3, 100).path
+    lost.unlink()
+    assert script("run.py", *shortest, "--results", str(folder), "--processes", "1").returncode == 0
+    after = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.json")}
+    assert {path for path in after if after[path] != before[path]} == {lost}
+    other = script("run.py", *shortest[:-1], "16", "--results", str(folder))
+    assert other.returncode == 2 and "made with another size" in other.stderr
+    (folder / "base.json").write_text(
+        json.dumps({**json.loads((folder / "base.json").read_text()), "size": vars(runner.Size(0.02, 8, 8))})
+    )
+    other = script("run.py", *shortest[:-3], "0.02", *shortest[-2:], "--results", str(folder))
+    assert other.returncode == 2 and "made with other settings (rows)" in other.stderr
+
+
+def test_the_page_is_made_from_the_results(results, tmp_path):
+    folder, _ = results
+    (tmp_path / "images").mkdir()
+    text = (page.DOCS / "miniature.md").read_text(encoding="utf-8")
+    (tmp_path / "miniature.md").write_text(text, encoding="utf-8")
+    arguments = ("--results", str(folder), "--docs", str(tmp_path), "--seeds", "2")
+    done = script("page.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    made = (tmp_path / "miniature.md").read_text(encoding="utf-8")
+    found = page.Results(folder, 2)
+    step, weighted = (np.array(list(found.values(name).values())) for name in ("step", "weighted-steps"))
+    assert f"| {np.mean(weighted - step):+.1f} (" in made
+    assert "2 of 32 arms are run, 16 runs" in made
+    assert (tmp_path / "images" / "miniature_2.png").stat().st_size > 1000
+    assert script("page.py", *arguments, "--check").returncode == 0
+    (tmp_path / "miniature.md").write_text(made.replace("16 runs", "17 runs"), encoding="utf-8")
+    assert script("page.py", *arguments, "--check").returncode == 1
+
+
+def test_the_page_says_what_the_kept_results_say():
+    assert script("page.py", "--check").returncode == 0
+
+
+def test_intervals_are_those_of_a_paired_test():
+    generator = np.random.default_rng(0)
+    arm, against = generator.normal(1, 2, 8), generator.normal(0, 2, 8)
+    mean, half, missed = page.student(arm - against)
+    interval = stats.ttest_rel(arm, against).confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx((interval.low, interval.high), rel=1e-12)
+    # An effect of that size is seen in 80 % of the experiments, by simulation.
+    spread = (arm - against).std(ddof=1)
+    drawn = generator.normal(missed, spread, (20_000, 8))
+    seen = drawn.mean(1) > stats.t.ppf(0.975, 7) * drawn.std(1, ddof=1) / 8**0.5
+    assert seen.mean() == pytest.approx(0.8, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("differences", "sign", "expected"),
+    [
+        ([1.0, 1.2, 0.9], 1, "holds here"),
+        ([1.0, 1.2, 0.9], -1, "**contradicted here**"),
+        ([-1.0, -1.2, -0.9], -1, "holds here"),
+        ([1.0, -1.2, 0.9], 1, "not seen here"),
+    ],
+)
+def test_verdicts(differences, sign, expected):
+    assert page.verdict(np.array(differences), sign).startswith(expected)
+
+
+def test_every_arm_answers_a_question_and_its_settings_are_taken(tmp_path):
+    from trl_diffusion import ChunkGRPOConfig, SRPOConfig
+
+    assert {name for question in miniature.QUESTIONS for name in question.arms} == set(miniature.ARMS)
+    for arm in miniature.ARMS.values():
+        config = SRPOConfig if arm.method == "srpo" else ChunkGRPOConfig
+        for rate in arm.learning_rates:
+            config(output_dir=str(tmp_path), learning_rate=rate, **runner.settings_of(arm))
+
+
+def test_steps_drawn_singly_weigh_on_average_as_in_chunks():
+    """Over all draws: a chunk of `LAYOUT`, or half of the steps with the weights of the control."""
+    layout = miniature.LAYOUT
+    size_of = [size for size in layout for _ in range(size)]
+    in_chunks = [1 / (len(layout) * size) for size in size_of]  # drawn once in K generations, 1 / size each
+    draws = list(itertools.combinations(range(len(size_of)), len(size_of) // 2))
+    singly = [0.0] * len(size_of)
+    for draw in draws:
+        for step in draw:
+            singly[step] += 1 / runner.single_divisor(step) / len(draws)
+    assert singly == pytest.approx(in_chunks, rel=1e-12)
