@@ -20,6 +20,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 from campaigns import full_width, soak
 
 
@@ -52,6 +54,45 @@ def test_two_runs_share_the_cache_of_prompts(tmp_path):
 )
 def test_a_step_at_full_width_in_small(family, kind, size, dtype):
     assert full_width.check(family, kind, size, dtype, small=True)["update"] > 0
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_products_are_accumulated_in_float32_and_rounded(inference):
+    """Values and gradients are the float64 ones, rounded to bfloat16 once a product; where no product is, nothing changes."""
+    generator = torch.Generator().manual_seed(0)
+    latents, weight, kernel = (
+        torch.randn(shape, generator=generator).bfloat16() for shape in ((2, 4, 16, 16), (16, 16), (4, 4, 3, 3))
+    )
+
+    def computed(dtype):
+        leaves = [tensor.to(dtype).requires_grad_(not inference) for tensor in (latents, weight, kernel)]
+        values, matrix, filters = leaves
+        hidden = F.linear(values, matrix)
+        found = [
+            hidden,
+            F.conv2d(values, filters),
+            hidden @ matrix,
+            F.scaled_dot_product_attention(values, values, values),
+        ]
+        if inference:
+            return found
+        sum(part.sum() for part in found).backward()
+        return [*found, *(leaf.grad for leaf in leaves)]
+
+    with torch.inference_mode(inference):
+        exact = computed(torch.float64)
+        with full_width.AccumulateInFloat32():
+            narrow = computed(torch.bfloat16)
+            assert torch.equal(latents + latents, (latents.float() * 2).bfloat16())
+            single = latents.float()
+            assert (single @ single.mT).dtype == torch.float32
+    for one, other in zip(narrow, exact, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert (one.double() - other).abs().max() < 2**-6 * other.abs().max()
+    # One product alone is rounded once: bit for bit what rounding the exact value gives.
+    with full_width.AccumulateInFloat32():
+        product = latents @ weight
+    assert (product == (latents.double() @ weight.double()).bfloat16()).double().mean() > 0.995
 
 
 def test_half_of_the_cases_have_each_pair_of_settings():
