@@ -80,6 +80,18 @@ def test_the_conditioning_is_what_the_pipeline_encodes(flow_model):
     assert not torch.equal(*conditioning.get(["a blue square", "a red circle"])["prompt_embeds"])
 
 
+def test_text_encoders_may_stay_where_they_are(flow_model):
+    """Of two devices: a tensor on the device of the network here holds nothing, so what is encoded was so on the CPU."""
+    expected = Conditioning(flow_model, CPU).get(PROMPTS[:2])
+    conditioning = Conditioning(flow_model, torch.device("meta"), encoder_device=CPU)
+    actual = conditioning.get(PROMPTS[:2])
+    assert {tensor.device.type for tensor in actual.values()} == {"meta"}
+    assert {name: tensor.shape for name, tensor in actual.items()} == {n: t.shape for n, t in expected.items()}
+    # The encoders are as they were.
+    again = Conditioning(flow_model, CPU).get(PROMPTS[:2])
+    assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_prompt_that_is_the_negative_prompt_too_is_encoded_as_both(keep, tmp_path):
     """Sana's pipeline puts an instruction before a prompt, and none before the negative one."""

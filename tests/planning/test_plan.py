@@ -245,7 +245,10 @@ RUNS = {
     "own-noise": (ChunkGRPOTrainer, {**ALL_CHUNKS, "shared_noise": "none"}),
     "off-policy": (
         ChunkGRPOTrainer,
-        {**ALL_CHUNKS, "steps_per_generation": 4, "beta": 0.1, "chunk_gradient": "streamed", "max_steps": 2},
+        {
+            **ALL_CHUNKS, "steps_per_generation": 4, "beta": 0.1, "chunk_gradient": "streamed", "num_iterations": 2,
+            "max_steps": 4,
+        },
     ),
     "window": (
         ChunkGRPOTrainer,
@@ -437,6 +440,11 @@ def test_plans_compare(saved, tmp_path):
     args.ema_decay = 0.9
     copies = planner._phases(planner.choices)["update"]["other policies"]
     assert copies == plan.phases["update"]["trained weights"]
+    args.max_steps, args.logging_steps = 1000, 1
+    args.samples_total_limit = None
+    everything = planner._disk()["samples"]
+    args.samples_total_limit = 20
+    assert planner._disk()["samples"] * 50 == everything
     on_cpu = planner._phases(dataclasses.replace(planner.choices, encode_on_cpu=True))
     assert "text encoders" in plan.phases["prompts"] and "text encoders" not in on_cpu["prompts"]
     wider = planner._phases(dataclasses.replace(planner.choices, rollout_batch_size=16))

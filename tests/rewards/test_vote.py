@@ -113,7 +113,9 @@ class TestBallot:
 
     def test_a_prompt_with_another_picture_to_edit_is_another_group(self, tmp_path):
         ballot = Ballot(tmp_path)
-        keys = ballot.ask(pictures(), ["make it wide"] * 4, pictures(["gray", "gray", "black", "black"]))
+        # The same pictures of both: what they edit alone tells the groups apart.
+        edited = pictures(["gray", "gray", "black", "black"])
+        keys = ballot.ask(pictures(["red", "blue", "red", "blue"]), ["make it wide"] * 4, edited)
         first, second = ballot.groups
         assert (first.keys, second.keys) == (tuple(keys[:2]), tuple(keys[2:])) and first.id != second.id
         assert [Image.open(ballot.picture_path(g.source)).getpixel((0, 0))[0] for g in ballot.groups] == [128, 0]
@@ -140,6 +142,17 @@ class TestBallot:
         again.vote(again.groups[0].id, keys[1], 1)
         assert len([json.loads(line) for line in path.read_text().splitlines()]) == 2
 
+    def test_an_act_that_cannot_be_written_does_not_count(self, asked, tmp_path):
+        ballot, keys, (cats, _) = asked
+        before = ballot.snapshot()
+        (tmp_path / "votes.jsonl").mkdir()
+        with pytest.raises(OSError):
+            ballot.vote(cats.id, keys[0], 2)
+        assert ballot.snapshot() == before
+        (tmp_path / "votes.jsonl").rmdir()
+        ballot.vote(cats.id, keys[1], 1)
+        assert cats.scores == {keys[1]: 1}
+
     def test_another_file_is_refused(self, tmp_path):
         (tmp_path / "votes.jsonl").write_text('{"act": "vote", "group": "x"}\nno vote\n')
         with pytest.raises(ValueError, match="Line 2 of .*votes.jsonl is no vote: 'no vote'. Move the file away"):
@@ -160,6 +173,17 @@ class TestBallot:
         # Each that was liked better than another, once; the worse ones take turns.
         assert found == [(red, green), (green, white), (blue, white)]
         assert all(row["chosen_score"] > row["rejected_score"] and row["prompt"] == "a cat" for row in rows)
+
+    def test_of_two_pictures_that_nobody_liked_none_is_rejected_twice(self, tmp_path):
+        ballot = Ballot(tmp_path)
+        keys = ballot.ask(pictures(), ["a cat"] * 4)
+        (group,) = ballot.groups
+        for key in keys[:2]:
+            ballot.vote(group.id, key, 2)
+        ballot.close(group.id)
+        assert [pair["rejected"]["bytes"] for pair in ballot.pairs()] == [
+            ballot.picture_path(key).read_bytes() for key in keys[2:]
+        ]
 
 
 @contextlib.contextmanager
@@ -395,6 +419,12 @@ def test_what_is_wrong_is_told_before_weights_are_loaded(tmp_path, line, setting
     args = ChunkGRPOConfig(output_dir=str(tmp_path), **{**SETTINGS, **settings})
     with pytest.raises(ValueError, match=message):
         ChunkGRPOTrainer("no/such/model", "vote", args, shapes.load_dataset("train"))
+
+
+def test_settings_of_votes_without_votes_are_refused(tmp_path):
+    args = ChunkGRPOConfig(output_dir=str(tmp_path), **SETTINGS, vote_prompts=3)
+    with pytest.raises(ValueError, match="has no effect without the reward 'vote'"):
+        ChunkGRPOTrainer("no/such/model", "shapes-judge", args, shapes.load_dataset("train"))
 
 
 def test_where_people_cannot_vote(tmp_path, capsys):
