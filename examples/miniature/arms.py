@@ -117,6 +117,9 @@ ARMS: dict[str, Arm] = {
     "equal-2": grpo(chunk_sizes="equal:2"),
     "one-chunk": grpo(chunk_sizes="equal:6"),
     "weighted-steps": grpo(method="steps", **STEP),
+    # The noisier half of the steps alone, in every generation
+    "noisy-steps": grpo(**STEP, chunk_sampling=[0, 1, 2]),
+    "noisy-chunk": grpo(chunk_sizes="equal:3", chunk_sampling=[0]),
     # Several updates a generation
     **{
         f"{layout}-{bound}-{updates}": off_policy(updates, **chunks, **bounds)
@@ -164,6 +167,7 @@ QUESTIONS = (
             Comparison("temporal-uniform", "step", "the temporal layout beats step level (+0.156)"),
             Comparison("equal-2", "step", "chunks of 2 beat step level (+0.035)"),
             Comparison("one-chunk", "step", "one chunk of all steps beats step level (+0.062)"),
+            Comparison("noisy-chunk", "noisy-steps", "of the noisier half alone: one chunk of it beats its steps"),
         ),
     ),
     Question(
@@ -224,8 +228,9 @@ QUESTIONS = (
     ),
     Question(
         8,
-        "Noise on all steps or on those that train",
+        "Which steps train, and which are noisy",
         (
+            Comparison("noisy-steps", "step", "training the noisier half of the steps beats drawing of all"),
             Comparison("trained-noise", "temporal-uniform", "noise on the trained chunks alone beats noise on all"),
             Comparison("sliding-window", "step", "a sliding window of 4 (MixGRPO) beats step level"),
             Comparison("random-window", "step", "a window drawn anew beats step level"),

@@ -130,7 +130,7 @@ def claims(results: Results) -> list[str]:
 
 def arms_table(results: Results, question: Question) -> list[str]:
     lines = [
-        "| arm | learning rate | held-out measure | all four attributes right | optimizer steps | seconds |",
+        "| arm | learning rate | held-out measure | over the base | optimizer steps | seconds |",
         "|---|---|---|---|---|---|",
     ]
     for name in question.arms:
@@ -138,12 +138,13 @@ def arms_table(results: Results, question: Question) -> list[str]:
             continue
         runs = list(results.runs(name).values())
         mean, half, _ = student(np.array(list(results.values(name).values())))
-        right = 100 * np.mean([run["held_out"]["all_attributes"] for run in runs])
+        gain = mean - results.value(results.base, ARMS[name], None)
         steps, seconds = (np.mean([run[key] for run in runs]) for key in ("steps", "seconds"))
         rates = ARMS[name].learning_rates
         edge = ", the edge of what was tried" if results.rates[name] in (rates[0], rates[-1]) else ""
         lines.append(
-            f"| `{name}` | {results.rates[name]:g}{edge} | {mean:.1f} ± {half:.1f} | {right:.1f} % | {steps:.0f} | {seconds:.0f} |"
+            f"| `{name}` | {results.rates[name]:g}{edge} | {mean:.1f} | {gain:+.1f} ({gain - half:+.1f} to {gain + half:+.1f}) | "
+            f"{steps:.0f} | {seconds:.0f} |"
         )
     return lines
 

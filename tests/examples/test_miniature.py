@@ -107,7 +107,9 @@ def test_the_page_is_made_from_the_results(results, tmp_path):
     found = page.Results(folder, 2)
     step, weighted = (np.array(list(found.values(name).values())) for name in ("step", "weighted-steps"))
     assert f"| {np.mean(weighted - step):+.1f} (" in made
-    assert "2 of 32 arms are run, 16 runs" in made
+    assert f"2 of {len(miniature.ARMS)} arms are run, 16 runs" in made
+    base = 100 * json.loads((folder / "base.json").read_text())["held_out"]["attribute_share"]
+    assert f"| {np.mean(step):.1f} | {np.mean(step) - base:+.1f} (" in made
     assert (tmp_path / "images" / "miniature_2.png").stat().st_size > 1000
     assert script("page.py", *arguments, "--check").returncode == 0
     (tmp_path / "miniature.md").write_text(made.replace("16 runs", "17 runs"), encoding="utf-8")
