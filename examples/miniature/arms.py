@@ -117,7 +117,7 @@ ARMS: dict[str, Arm] = {
     "equal-2": grpo(chunk_sizes="equal:2"),
     "one-chunk": grpo(chunk_sizes="equal:6"),
     "weighted-steps": grpo(method="steps", **STEP),
-    # The noisier half of the steps alone, in every generation
+    # Added when the first three arms were run: the noisier half of the steps alone, in every generation
     "noisy-steps": grpo(**STEP, chunk_sampling=[0, 1, 2]),
     "noisy-chunk": grpo(chunk_sizes="equal:3", chunk_sampling=[0]),
     # Several updates a generation
@@ -167,13 +167,13 @@ QUESTIONS = (
             Comparison("temporal-uniform", "step", "the temporal layout beats step level (+0.156)"),
             Comparison("equal-2", "step", "chunks of 2 beat step level (+0.035)"),
             Comparison("one-chunk", "step", "one chunk of all steps beats step level (+0.062)"),
-            Comparison("noisy-chunk", "noisy-steps", "of the noisier half alone: one chunk of it beats its steps"),
         ),
     ),
     Question(
         2,
         "Is it more than a weighting?",
         (
+            Comparison("noisy-chunk", "noisy-steps", "one chunk of three steps beats the same three steps singly"),
             Comparison("temporal-uniform", "weighted-steps", "chunks beat steps of the same weights that are drawn singly"),
             Comparison("weighted-steps", "step", "the weights of chunks alone beat step level"),
             Comparison(
@@ -181,7 +181,8 @@ QUESTIONS = (
                 "off-policy, one ratio a chunk beats one ratio a step with the same weights and draws",
             ),
         ),
-        "On-policy, chunks and steps of the same weights and the same draws have one gradient: that is mathematics.",
+        "On-policy, chunks and steps of the same weights and the same draws have one gradient: that is mathematics, and "
+        "`noisy-chunk` and `noisy-steps`, which differ in nothing else, show it.",
     ),
     Question(
         3,

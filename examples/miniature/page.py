@@ -107,6 +107,8 @@ class Results:
 
 def verdict(differences: np.ndarray, sign: int) -> str:
     mean, half, missed = student(differences)
+    if not differences.any():
+        return "no difference in any run, to five digits"
     if abs(mean) <= half:
         return f"not seen here; {missed:.1f} would have been"
     return "holds here" if mean * sign > 0 else "**contradicted here**"
