@@ -26,7 +26,7 @@ NUM_IMAGES = 512  # of held-out prompts, at the end of a run
 NUM_CURVE_IMAGES = 128  # the first of them, during a run
 CURVE_POINTS = 4
 
-# The layout that chunk_sizes="temporal" finds on the base model with four chunks, so that every seed has the same.
+# The layout that chunk_sizes="temporal" finds on the base model with three chunks, so that every seed has the same.
 LAYOUT = [2, 3, 1]
 
 
@@ -56,12 +56,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`arm` minus `against`, on `measure`; what the paper says of it, and whether the paper has it above or below 0."""
+    """`arm` minus `against`, on `measure`, and the claim that it is above 0."""
 
     arm: str
     against: str
     claim: str
-    sign: int = 1
     measure: str | None = None
 
 
@@ -83,27 +82,28 @@ GRPO_ROWS = 24_000
 DIRECT_ROWS = 12_000
 
 
-def grpo(rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3), method: str = "chunk_grpo", **settings: Any) -> Arm:
-    """On the judge's share of right attributes. Off-policy arms have as many images an update."""
-    fractions = settings.pop("fractions", ())
-    return Arm(method, GRPO_ROWS, rates, settings, fractions=fractions)
+def grpo(
+    method: str = "chunk_grpo",
+    reward: str = "attribute_share",
+    fractions: tuple[float, ...] = (),
+    **settings: Any,
+) -> Arm:
+    """Off-policy arms have as many images an update."""
+    return Arm(method, GRPO_ROWS, (5e-4, 1e-3, 2e-3), settings, reward, fractions=fractions)
 
 
-def style(rates: tuple[float, ...] = (1e-4, 2e-4, 4e-4), **settings: Any) -> Arm:
+def style(**settings: Any) -> Arm:
     """SRPO towards sharp pictures, by words that the generator never sees."""
-    return Arm("srpo", DIRECT_ROWS, rates, settings, reward="shapes-clip", measure="style")
+    settings = {"sigma_range": [0.6, 0.95], "delta_sigma": 0.05, **settings}
+    return Arm("srpo", DIRECT_ROWS, (1e-4, 2e-4, 4e-4), settings, reward="shapes-clip", measure="style")
 
 
-def plain(rates: tuple[float, ...], method: str = "srpo", **settings: Any) -> Arm:
-    """Long training on what `shapes-clip` makes of the plain prompt; the judge tells what comes of it."""
-    return Arm(method, GRPO_ROWS, rates, settings, reward="shapes-clip")
+def plain(**settings: Any) -> Arm:
+    """Long training through the gradient of what `shapes-clip` makes of the plain prompt; the judge tells what comes of it."""
+    settings = {"preference": "absolute", **settings}
+    return Arm("srpo", GRPO_ROWS, (2.5e-4, 5e-4, 1e-3), settings, reward="shapes-clip")
 
 
-def off_policy(updates: int, **settings: Any) -> Arm:
-    return grpo((5e-4, 1e-3, 2e-3), steps_per_generation=updates, **settings)
-
-
-ABSOLUTE = {"preference": "absolute"}
 STEP = {"chunk_sizes": "equal:1"}
 UNIFORM = {"chunk_sizes": LAYOUT}
 TEMPORAL = {"chunk_sizes": LAYOUT, "chunk_sampling": "temporal"}
@@ -122,7 +122,7 @@ ARMS: dict[str, Arm] = {
     "noisy-chunk": grpo(chunk_sizes="equal:3", chunk_sampling=[0]),
     # Several updates a generation
     **{
-        f"{layout}-{bound}-{updates}": off_policy(updates, **chunks, **bounds)
+        f"{layout}-{bound}-{updates}": grpo(steps_per_generation=updates, **chunks, **bounds)
         for updates in (2, 4)
         for bound, bounds in (
             ("clip", {"epsilon": 5e-5}),
@@ -131,7 +131,7 @@ ARMS: dict[str, Arm] = {
         )
         for layout, chunks in (("step", STEP), ("chunk", UNIFORM))
     },
-    "weighting-clip-2": off_policy(2, **UNIFORM, loss_weighting="inverse_chunk_size", epsilon=5e-5),
+    "weighting-clip-2": grpo(steps_per_generation=2, **UNIFORM, loss_weighting="inverse_chunk_size", epsilon=5e-5),
     # Which steps are noisy
     "trained-noise": grpo(**UNIFORM, stochastic_steps="trained"),
     "sliding-window": grpo(stochastic_steps="trained", train_window=4, window_interval=5),
@@ -144,10 +144,10 @@ ARMS: dict[str, Arm] = {
     "inversion-only": style(branches=["inversion"]),
     "low-noise": style(sigma_range=[0.1, 0.45]),
     # Through the reward's gradient: the plain prompt
-    "direct-align": plain((2.5e-4, 5e-4, 1e-3), **ABSOLUTE, sigma_range=[0.75, 0.964], delta_sigma=None),
-    "refl": plain((2.5e-4, 5e-4, 1e-3), **ABSOLUTE, estimator="refl", sigma_range=[0.1, 0.6]),
-    "draft": plain((2.5e-4, 5e-4, 1e-3), **ABSOLUTE, estimator="draft"),
-    "grpo-on-clip": plain((5e-4, 1e-3, 2e-3), method="chunk_grpo", **UNIFORM),
+    "direct-align": plain(sigma_range=[0.75, 0.964]),
+    "refl": plain(estimator="refl", sigma_range=[0.1, 0.6]),
+    "draft": plain(estimator="draft"),
+    "grpo-on-clip": grpo(reward="shapes-clip", **UNIFORM),
 }
 
 

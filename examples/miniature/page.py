@@ -35,7 +35,7 @@ from run import BASE, RESULTS, Run, read, style, tuned
 
 
 DOCS = Path(__file__).parents[2] / "docs"
-BEGIN, END = "<!-- made by examples/miniature/page.py -->", "<!-- end -->"
+BEGIN, END = "<!-- made by examples/miniature/page.py ({}) -->", "<!-- end -->"
 CONFIDENCE = 0.95
 POWER = 0.8
 
@@ -105,13 +105,13 @@ class Results:
         return [c for c in question.comparisons if len(self.difference(c)) == self.seeds]
 
 
-def verdict(differences: np.ndarray, sign: int) -> str:
+def verdict(differences: np.ndarray) -> str:
     mean, half, missed = student(differences)
     if not differences.any():
         return "no difference in any run, to five digits"
     if abs(mean) <= half:
         return f"not seen here; {missed:.1f} would have been"
-    return "holds here" if mean * sign > 0 else "**contradicted here**"
+    return "holds here" if mean > 0 else "**contradicted here**"
 
 
 def claims(results: Results) -> list[str]:
@@ -124,7 +124,7 @@ def claims(results: Results) -> list[str]:
             mean, half, _ = student(differences)
             lines.append(
                 f"| {comparison.claim} | {mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f}) | "
-                f"{verdict(differences, comparison.sign)} |"
+                f"{verdict(differences)} |"
             )
         lines += [f"| {c.claim} | | not run yet |" for c in question.comparisons if c not in compared]
     return lines
@@ -216,15 +216,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (%(default)s)")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder with miniature.md and images/ (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="fresh seeds of an arm (%(default)s)")
+    parser.add_argument(
+        "--seeds", type=int, default=len(SEEDS), help="fresh seeds of an arm, at least 2 (%(default)s)"
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; status 1 where the page says otherwise")
     arguments = parser.parse_args()
+    if not (arguments.results / f"{BASE}.json").exists():
+        parser.error(f"{arguments.results} has no {BASE}.json, so no results. Give the folder that run.py wrote.")
     results = Results(arguments.results, arguments.seeds)
     path = arguments.docs / "miniature.md"
     old = new = path.read_text(encoding="utf-8")
     for name, text in page(results).items():
-        head, rest = new.split(BEGIN.replace("-->", f"({name}) -->"), 1)
-        new = f"{head}{BEGIN.replace('-->', f'({name}) -->')}\n\n{text}\n\n{END}{rest.split(END, 1)[1]}"
+        begin = BEGIN.format(name)
+        head, rest = new.split(begin, 1)
+        new = f"{head}{begin}\n\n{text}\n\n{END}{rest.split(END, 1)[1]}"
     if arguments.check:
         return int(new != old)
     path.write_text(new, encoding="utf-8")

@@ -16,7 +16,7 @@
 Trains arms x seeds in the built-in world and keeps one file of results a run.
 
 ```bash
-python examples/miniature/run.py                         # all arms, a few hours on two cores
+python examples/miniature/run.py                         # all arms, some eight hours on two cores
 python examples/miniature/run.py --arms step temporal    # some of them
 python examples/miniature/run.py --questions 1 3
 ```
@@ -27,7 +27,6 @@ the tables and figures.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import sys
@@ -93,8 +92,7 @@ def settings_of(arm: Arm) -> dict[str, Any]:
 
         return {
             **common, "per_device_train_batch_size": 24, "max_grad_norm": 0.1, "vae_gradient_checkpointing": False,
-            "positive_words": POSITIVE_WORDS, "negative_words": NEGATIVE_WORDS, "sigma_range": [0.6, 0.95],
-            "delta_sigma": 0.05 if arm.settings.get("preference") != "absolute" else None, **arm.settings,
+            "positive_words": POSITIVE_WORDS, "negative_words": NEGATIVE_WORDS, **arm.settings,
         }  # fmt: skip
     return {
         **common, "sde_type": "flow", "eta": 0.7, "num_generations": 8, "per_device_train_batch_size": 48,
@@ -361,13 +359,12 @@ def run_all(names: list[str], seeds: tuple[int, ...], results: Path, size: Size,
         if schedule.base["size"] != vars(size):
             raise ValueError(f"{base} was made with another size ({schedule.base['size']}). Give another --results.")
         running: dict[Future, Run] = {}
-        with tqdm(total=len(schedule), unit="run", smoothing=0) as bar, contextlib.ExitStack() as stack:
-            stack.callback(lambda: [future.cancel() for future in running])
+        with tqdm(total=len(schedule), unit="run", smoothing=0) as bar:
             while True:
                 while len(running) < processes and (run := schedule.next()) is not None:
                     running[pool.submit(work, run, size, results)] = run
                 # What was there already took no time.
-                bar.total, bar.initial = len(schedule) - schedule.done, 0
+                bar.total = len(schedule) - schedule.done
                 bar.set_postfix_str(", ".join(str(run.path.with_suffix("")) for run in running.values()))
                 if not running:
                     return

@@ -146,16 +146,24 @@ def test_intervals_hold_what_they_promise():
 
 
 @pytest.mark.parametrize(
-    ("differences", "sign", "expected"),
+    ("differences", "expected"),
     [
-        ([1.0, 1.2, 0.9], 1, "holds here"),
-        ([1.0, 1.2, 0.9], -1, "**contradicted here**"),
-        ([-1.0, -1.2, -0.9], -1, "holds here"),
-        ([1.0, -1.2, 0.9], 1, "not seen here"),
+        ([1.0, 1.2, 0.9], "holds here"),
+        ([-1.0, -1.2, -0.9], "**contradicted here**"),
+        # A standard error of 0.717, times 4.303 and 1.061.
+        ([1.0, -1.2, 0.9], "not seen here; 3.8 would have been"),
+        ([0.0, 0.0, 0.0], "no difference in any run"),
     ],
 )
-def test_verdicts(differences, sign, expected):
-    assert page.verdict(np.array(differences), sign).startswith(expected)
+def test_verdicts(differences, expected):
+    assert page.verdict(np.array(differences)).startswith(expected)
+
+
+def test_the_layout_is_what_the_base_model_gives(tmp_path):
+    arm = miniature.grpo(chunk_sizes="temporal", num_chunks=len(miniature.LAYOUT), min_chunk_size=1)
+    trainer = runner.make_trainer(arm, output_dir=str(tmp_path), seed=0, max_steps=1)
+    trainer.train()
+    assert trainer.chunk_sizes == miniature.LAYOUT
 
 
 def test_every_arm_answers_a_question_and_its_settings_are_taken(tmp_path):
