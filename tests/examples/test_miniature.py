@@ -78,6 +78,26 @@ def test_a_run_keeps_all_that_the_page_needs(results):
         assert step["held_out"] != weighted["held_out"]
 
 
+def test_rows_are_those_of_the_training_alone():
+    """By hand: a rollout of 6 prompts x 8 images has 6 + 6 x 48 rows, an update three steps of 48, or the first of 6."""
+    found = runner.train(runner.Run("step", 1e-3, 0), runner.Size(0.02, 8, 8))
+    assert found["steps"] == 2 and [point["step"] for point in found["curve"]] == [1, 2]
+    updates = found["rows"] - 2 * (6 + 6 * 48)
+    assert updates in {2 * 144, 144 + 102, 2 * 102}
+
+
+def test_the_best_learning_rate_on_the_tuning_seeds_is_taken(tmp_path):
+    scores = {5e-4: (0.70, 0.74), 1e-3: (0.80, 0.70), 2e-3: (0.60, 0.85)}  # means 0.72, 0.75, 0.725
+    base = {"held_out": {"attribute_share": 0.65}}
+    for rate, values in scores.items():
+        assert runner.tuned(tmp_path, "step", base) is None
+        for seed, value in zip(miniature.TUNING_SEEDS, values, strict=True):
+            path = tmp_path / runner.Run("step", rate, seed).path
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps({"held_out": {"attribute_share": value}}))
+    assert runner.tuned(tmp_path, "step", base) == 1e-3
+
+
 def test_what_is_there_is_not_run_again_and_other_settings_are_refused(results):
     folder, shortest = results
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.json")}
