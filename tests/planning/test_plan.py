@@ -47,6 +47,7 @@ from trl_diffusion.planning.configurations import configurations_of, fake_flow_m
 from trl_diffusion.planning.counting import Counter, Tally
 from trl_diffusion.planning.plan import CONTEXT_BYTES, FRAGMENTATION, Planner
 from trl_diffusion.planning.published import PUBLISHED
+from trl_diffusion.planning.rewards import reward_size
 from trl_diffusion.rewards import RewardModel
 from trl_diffusion.trainer import OnlineConfig
 from trl_diffusion.trainer.network import DEFAULT_LORA
@@ -429,6 +430,13 @@ def test_published_sizes(model):
 def test_sizes_and_shardings():
     assert memory_size("24GB") == memory_size("24") == 24 * 2**30 and memory_size("512 MiB") == 2**29
     assert sharding_of("zero3") == ("zero3", 8) and sharding_of("multi_gpu")[0] == "multi_gpu"
+
+
+def test_the_weights_of_a_reward_that_is_passed_are_counted_in_their_dtype():
+    reward = Brightness()
+    reward.narrow = torch.nn.Parameter(torch.zeros(10, dtype=torch.bfloat16))
+    reward.wide = torch.nn.Parameter(torch.zeros(3))
+    assert reward_size(reward, FakeTensorMode()).bytes == 10 * 2 + 3 * 4
 
 
 def test_plans_compare(saved, tmp_path):
