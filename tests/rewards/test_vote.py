@@ -572,6 +572,20 @@ class TestPage:
             assert page.locator("#strip figcaption").inner_text() == "a <b>fox</b>"
             assert page.locator("#strip img").evaluate_all("all => all.every(image => image.naturalWidth === 8)")
 
+    def test_an_answer_that_comes_late_takes_nothing_back(self, tmp_path, open_page):
+        with opened(tmp_path) as (people, address):
+            page = open_page(address)
+            thread, _ = answered(people, pictures(), ["a cat"] * 4)
+            image = page.locator("#grid button").nth(0)
+            image.wait_for()
+            older = page.evaluate("async () => (await fetch('state')).json()")
+            image.click()
+            page.locator('#grid [data-score="1"]').wait_for()
+            shown = "late => { show(late); return document.querySelector('#grid button').dataset.score; }"
+            assert older["groups"][0]["images"][0][1] == 0 and page.evaluate(shown, older) == "1"
+            page.keyboard.press("Enter")
+            thread.join(30)
+
     def test_a_run_that_comes_back(self, tmp_path, open_page):
         """The page says that nobody answers, and goes on by itself."""
         people = VoteReward()
