@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import torch
@@ -70,6 +71,21 @@ def test_damaged_files_are_made_again(tmp_path, caplog):
     assert store.get("a cat") is None
     store.put("a cat", ROW)
     assert torch.equal(store.get("a cat")["mask"], ROW["mask"])
+
+
+def test_an_entry_is_opened_once(tmp_path):
+    """Another process may delete it after that. A pipe can be read by one opening alone."""
+    store = PromptStore(tmp_path, "key", max_gib=1)
+    store.put("a cat", ROW)
+    (path,) = files(tmp_path)
+    content = path.read_bytes()
+    path.unlink()
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_bytes, args=(content,), daemon=True)
+    writer.start()
+    found = store.get("a cat")
+    writer.join(10)
+    assert found.keys() == ROW.keys() and all(torch.equal(found[name], ROW[name]) for name in ROW)
 
 
 def test_what_a_killed_process_left_is_no_entry_and_is_deleted_in_time(tmp_path):

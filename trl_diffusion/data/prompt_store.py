@@ -67,7 +67,8 @@ class PromptStore:
         """The embeddings of a prompt, on the CPU; `None` if it is not there, or its file is damaged."""
         path = self._path(prompt)
         try:
-            tensors = safetensors.torch.load_file(path)
+            # Opened once: `load_file` opens a file by its name twice, and another process may delete it in between.
+            tensors = safetensors.torch.load(path.read_bytes())
             os.utime(path)  # used now
         except FileNotFoundError:
             return None
