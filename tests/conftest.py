@@ -19,6 +19,7 @@ import random
 import shutil
 import sys
 import tempfile
+from pathlib import Path
 
 
 # Read when the Hugging Face libraries are imported, so set before any of them is.
@@ -34,6 +35,10 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     WANDB_MODE="offline",
 )
+# Processes that tests start import this checkout, and `sitecustomize.py` when they start.
+_TESTS = Path(__file__).parent
+_PATHS = [str(_TESTS), str(_TESTS.parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(_PATHS))
 
 import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402

@@ -71,10 +71,7 @@ def test_two_processes_from_the_command_line(tmp_path):
     )
     command = [sys.executable, "-m", "trl_diffusion.cli", "chunk_grpo", "--accelerate_config", "multi_gpu"]
     command += ["--num_processes", "2", "--max_steps", "1", "--main_process_port", "0", "--config", str(config)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    finished = subprocess.run(
-        [*command, "--output_dir", str(tmp_path / "out")], env=environment, capture_output=True, text=True
-    )
+    finished = subprocess.run([*command, "--output_dir", str(tmp_path / "out")], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert load_file(tmp_path / "out" / "adapter_model.safetensors")
     # One group of four images, two a process, and one line of logs.

@@ -46,7 +46,7 @@ def run(folder, processes=1, **settings):
         capture_output=True,
         text=True,
         timeout=280,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "eval_reward" in done.stdout and "eval_base/reward" in done.stdout

@@ -75,7 +75,6 @@ def session(tmp_path_factory):
     with serving(hub) as url:
         environment = {**os.environ, "HF_ENDPOINT": url, "HF_TOKEN": "hf_writing", "HF_HOME": str(folder / "home")}
         environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
         command = [str(TESTS / "hub" / "hub_run.py"), str(folder)]
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         processes = [

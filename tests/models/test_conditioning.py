@@ -21,7 +21,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -334,12 +333,7 @@ MEMORY = """
 
 def test_memory_over_three_windows_at_the_size_of_flux():
     # In a process of its own, whose heap has no room left by other tests, and with an allocator that gives back at once.
-    tests = Path(__file__).parents[1]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]),
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-    }
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(MEMORY)], env=environment, capture_output=True, text=True, timeout=250
     )
@@ -382,8 +376,7 @@ SCRIPT = """
 
 
 def start(folder, kill_after=0, **environment):
-    tests = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]), **environment}
+    environment = {**os.environ, **environment}
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(folder), str(kill_after)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -19,7 +19,6 @@ import contextlib
 import http.server
 import io
 import json
-import os
 import re
 import signal
 import socket
@@ -496,7 +495,6 @@ def start(arguments, port=0):
         stdout=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parents[2],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
     line = process.stdout.readline()
     return process, re.search(r"remote:(http://127\.0\.0\.1:\d+)\)", line)[1]

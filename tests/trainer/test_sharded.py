@@ -82,7 +82,6 @@ def launch(folder, config, runs, processes=2):
     """Make the runs on one process, or on several with a configuration of the package; returns what was printed."""
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "OMP_NUM_THREADS": "1",
         # On a machine with accelerators these runs stay on the CPU as well.
         "DS_ACCELERATOR": "cpu",
