@@ -85,3 +85,31 @@ with quick_imports():
 import peft
 assert LoraConfig is peft.LoraConfig and peft.__version__
 """)
+
+
+def test_the_collector_rests_while_a_trainer_is_imported():
+    code = """
+import gc, json
+gc.set_threshold(700, 10, 10)
+from trl_diffusion import trainer
+before = gc.get_stats()[2]["collections"]
+trainer.ChunkGRPOTrainer
+count = gc.get_stats()[2]["collections"] - before
+enabled = gc.isenabled()
+gc.disable()
+trainer.SRPOTrainer
+print(json.dumps([count, enabled, gc.isenabled()]))
+"""
+    count, enabled, afterwards = json.loads(run(code).splitlines()[-1])
+    # One may come of what was made, once it is over.
+    assert count <= 1 and enabled and not afterwards
+
+
+def test_nothing_is_collected_at_the_end_of_a_command():
+    code = """
+import atexit, gc
+atexit.register(lambda: print(len(gc.get_objects())))
+from trl_diffusion.cli.main import main
+main(["env"])
+"""
+    assert int(run(code).splitlines()[-1]) < 1000
