@@ -152,11 +152,14 @@ def arms_table(results: Results, question: Question) -> list[str]:
 
 
 def plot(results: Results, question: Question, path: Path) -> None:
-    """Above the held-out measure over rows, below the paired differences with their intervals."""
+    """The held-out measure over rows, the paired differences with their intervals, and of style what it costs."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    has_style = any(ARMS[name].measure == "style" for name in question.arms)
+    figure = Figure(figsize=(13 if has_style else 9, 4.2), layout="constrained")
+    left, right, *cost = figure.subplots(1, 3 if has_style else 2)
+    for axes in cost:
+        plot_cost(axes, results, question)
     for name in question.arms:
         if not results.has(name):
             continue
@@ -184,13 +187,36 @@ def plot(results: Results, question: Question, path: Path) -> None:
         mean, half, _ = student(differences)
         right.plot(differences, np.full(len(differences), place), ".", color="gray", alpha=0.6)
         right.errorbar(mean, place, xerr=half, fmt="o", capsize=4, color="tab:blue")
-    right.set_yticks(range(len(shown)), [f"{c.arm}\n- {c.against}" for c in reversed(shown)], fontsize=8)
+    right.set_yticks(range(len(shown)), [label(c) for c in reversed(shown)], fontsize=8)
     right.axvline(0, color="black", linewidth=0.8)
     right.set_ylim(-0.6, len(shown) - 0.4)
     right.set_xlabel("paired difference at the end, points")
     right.grid(alpha=0.3, axis="x")
     figure.suptitle(question.title, fontsize=11)
     figure.savefig(path, dpi=90)
+
+
+def label(comparison: Comparison) -> str:
+    measure = "" if comparison.measure is None else f"\n({comparison.measure})"
+    return f"{comparison.arm}\n- {comparison.against}{measure}"
+
+
+def plot_cost(axes, results: Results, question: Question) -> None:
+    """Right attributes over style, a point a learning rate: at equal style, the higher arm costs less."""
+    base = results.base
+    axes.plot(0, results.value(base, ARMS["step"], "attribute_share"), "s", color="black", label="base")
+    for name in filter(results.has, question.arms):
+        points = []
+        for rate in ARMS[name].learning_rates:
+            runs = [read(results.folder, Run(name, rate, seed)) for seed in (*TUNING_SEEDS, *range(results.seeds))]
+            measures = ("style", "attribute_share")
+            found = [[results.value(run, ARMS[name], measure) for measure in measures] for run in runs if run]
+            points.append(np.mean(found, 0))
+        axes.plot(*np.transpose(points), marker="o", markersize=3, label=name)
+    axes.set_xlabel("style, points: 0 the base, 100 sharp pictures")
+    axes.set_ylabel("right attributes, points")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
 
 
 def page(results: Results) -> dict[str, str]:
