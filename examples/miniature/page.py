@@ -202,16 +202,18 @@ def label(comparison: Comparison) -> str:
 
 
 def plot_cost(axes, results: Results, question: Question) -> None:
-    """Right attributes over style, a point a learning rate: at equal style, the higher arm costs less."""
-    base = results.base
-    axes.plot(0, results.value(base, ARMS["step"], "attribute_share"), "s", color="black", label="base")
+    """
+    Right attributes over style, a point a learning rate, of all seeds that it has: at equal style, the higher arm costs less.
+    """
+    axes.plot(0, 100 * results.base["held_out"]["attribute_share"], "s", color="black", label="base")
     for name in filter(results.has, question.arms):
         points = []
         for rate in ARMS[name].learning_rates:
             runs = [read(results.folder, Run(name, rate, seed)) for seed in (*TUNING_SEEDS, *range(results.seeds))]
-            measures = ("style", "attribute_share")
-            found = [[results.value(run, ARMS[name], measure) for measure in measures] for run in runs if run]
-            points.append(np.mean(found, 0))
+            found = [run for run in runs if run is not None]
+            points.append(
+                [np.mean([results.value(run, ARMS[name], m) for run in found]) for m in ("style", "attribute_share")]
+            )
         axes.plot(*np.transpose(points), marker="o", markersize=3, label=name)
     axes.set_xlabel("style, points: 0 the base, 100 sharp pictures")
     axes.set_ylabel("right attributes, points")

@@ -24,6 +24,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+
+from trl_diffusion.flow.chunks import chunk_steps, equal_chunk_sizes
 
 
 FOLDER = Path(__file__).parents[2] / "examples" / "miniature"
@@ -194,6 +197,57 @@ def test_every_arm_answers_a_question_and_its_settings_are_taken(tmp_path):
         config = SRPOConfig if arm.method == "srpo" else ChunkGRPOConfig
         for rate in arm.learning_rates:
             config(output_dir=str(tmp_path), learning_rate=rate, **runner.settings_of(arm))
+
+
+def test_arms_with_several_updates_differ_in_the_ratio_alone(tmp_path):
+    """Both of a pair train the same steps in every generation, singly or as one chunk."""
+    from trl_diffusion import ChunkGRPOConfig
+
+    (question,) = (question for question in miniature.QUESTIONS if question.number == 4)
+    assert len(question.comparisons) == 6
+    for comparison in question.comparisons:
+        trained, others = [], []
+        for name in (comparison.arm, comparison.against):
+            settings = runner.settings_of(miniature.ARMS[name])
+            size = int(settings.pop("chunk_sizes").removeprefix("equal:"))
+            chunks = chunk_steps(equal_chunk_sizes(miniature.STEPS - 1, size))
+            trained.append(sorted(step for chunk in settings.pop("chunk_sampling") for step in chunks[chunk]))
+            others.append(settings)
+        assert trained == [[0, 1, 2], [0, 1, 2]] and others[0] == others[1]
+        settings = runner.settings_of(miniature.ARMS[comparison.arm])
+        config = ChunkGRPOConfig(output_dir=str(tmp_path), **settings)
+        assert f"{config.trust_region}-{config.steps_per_generation}" == comparison.arm.removeprefix("chunk-")
+
+
+def test_what_style_costs_is_drawn_from_the_kept_results():
+    """By hand from the files: a point a learning rate, means over all seeds that were run with it."""
+    found, figure = page.Results(page.RESULTS), Figure()
+    (question,) = (question for question in miniature.QUESTIONS if question.number == 5)
+    axes = figure.subplots()
+    page.plot_cost(axes, found, question)
+    lines = {line.get_label(): line.get_xydata() for line in axes.get_lines()}
+    assert set(lines) == {"base", *question.arms}
+    base = found.base["held_out"]
+    assert lines["base"] == pytest.approx(np.array([[0, 100 * base["attribute_share"]]]))
+    for name in question.arms:
+        assert len(lines[name]) == 3
+        for point, rate in zip(lines[name], miniature.ARMS[name].learning_rates, strict=True):
+            paths = (page.RESULTS / name).glob(f"lr{rate:g}-seed*.json")
+            runs = [json.loads(path.read_text())["held_out"] for path in paths]
+            assert len(runs) == (10 if rate == found.rates[name] else 2)
+            ways = [
+                (run[m] - base[m]) / (found.base["reference"][m] - base[m])
+                for run in runs
+                for m in ("contrast", "sharpness")
+            ]
+            assert point == pytest.approx(
+                100 * np.array([np.mean(ways), np.mean([r["attribute_share"] for r in runs])])
+            )
+
+
+def test_a_comparison_of_another_measure_says_so():
+    labels = [page.label(comparison) for question in miniature.QUESTIONS for comparison in question.comparisons]
+    assert len(set(labels)) == len(labels) and "relative\n- low-noise\n(attribute_share)" in labels
 
 
 def test_steps_drawn_singly_weigh_on_average_as_in_chunks():

@@ -54,7 +54,7 @@ def quick_imports() -> Iterator[None]:
     peft for another name gets peft. Outside, and where peft is loaded already, nothing is different.
 
     The garbage collector does not look through the hundreds of thousands of objects that imports make and that stay,
-    neither inside nor afterwards, at the end of the process.
+    neither inside nor afterwards.
     """
     collects = gc.isenabled()
     gc.disable()
