@@ -44,7 +44,7 @@ from trl_diffusion import ChunkGRPOConfig, ChunkGRPOTrainer, SRPOTrainer
 from trl_diffusion.cli.plan import DOES_NOT_FIT_STATUS, main, memory_size, sharding_of
 from trl_diffusion.models import load_flow_model
 from trl_diffusion.planning.configurations import configurations_of, fake_flow_model, read_configurations
-from trl_diffusion.planning.counting import Counter, Tally
+from trl_diffusion.planning.counting import Counter, Tally, only_what_is_new_is_collected
 from trl_diffusion.planning.plan import CONTEXT_BYTES, FRAGMENTATION, Planner
 from trl_diffusion.planning.published import PUBLISHED
 from trl_diffusion.planning.rewards import reward_size
@@ -218,6 +218,22 @@ def test_garbage_is_not_counted():
     finally:
         gc.enable()
     assert tally.peak == 4 * 1000 and tally.now == 4 * len(last)
+
+
+def test_the_collector_is_left_as_it_was():
+    """What others froze stays so, and what they did not is looked through again."""
+    frozen_before = gc.get_freeze_count()
+    try:
+        for frozen in (False, True):
+            (gc.freeze if frozen else gc.unfreeze)()
+            with only_what_is_new_is_collected():
+                with FakeTensorMode(), Tally([], fake=True):
+                    torch.empty(10)
+                assert gc.get_freeze_count() > 0  # one inside another does not end it
+            assert (gc.get_freeze_count() > 0) == frozen
+    finally:
+        if not frozen_before:
+            gc.unfreeze()
 
 
 def test_blocks_that_are_not_run_cost_what_the_others_do(saved):

@@ -50,6 +50,24 @@ class Cost:
     flops: int
 
 
+@contextmanager
+def only_what_is_new_is_collected() -> Iterator[None]:
+    """
+    Within this context the garbage collector does not look through what was there before.
+
+    A [`Tally`] on tensors without memory calls it at each peak, so looking would take longer than all that is counted.
+    Around several of them, what stays is looked through once for all.
+    """
+    frozen_before = gc.get_freeze_count() > 0  # by someone else, who may rely on it
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not frozen_before:
+            gc.unfreeze()
+
+
 class Tally(TorchDispatchMode):
     """
     Counts the bytes of all storages that are made inside and still exist, their largest sum, and operations.
@@ -72,16 +90,14 @@ class Tally(TorchDispatchMode):
         self.now = self.peak = self.flops = 0
         self._sizes: dict[int, int] = {}
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._collector = only_what_is_new_is_collected() if fake else nullcontext()
 
     def __enter__(self):
-        if self._fake:
-            gc.collect()
-            gc.freeze()  # what is there already need not be looked through at each peak
+        self._collector.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error):
-        if self._fake:
-            gc.unfreeze()
+        self._collector.__exit__(*error)
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -29,7 +29,7 @@ from ..rewards import Reward
 from ..rewards.frames import FRAMES_TOGETHER
 from ..runtime.sharding import BUCKET_SIZES
 from .configurations import Configurations, add_adapter, fake_flow_model
-from .counting import Cost, Counter
+from .counting import Cost, Counter, only_what_is_new_is_collected
 from .rewards import RewardSize, reward_size
 
 
@@ -273,12 +273,13 @@ class Planner:
             price (`float`, *optional*): of an accelerator an hour.
             with_remedies (`bool`, *optional*, defaults to `True`): look for what would make a run fit that does not.
         """
-        plan = Plan(
-            self.configurations.source, self._phases(self.choices), self._disk(), self._host(), self._work(),
-            self._assumptions(), memory,
-        )  # fmt: skip
-        if plan.fits is False and with_remedies:
-            plan.remedies = self._remedies(memory, plan.peak)
+        with only_what_is_new_is_collected():
+            plan = Plan(
+                self.configurations.source, self._phases(self.choices), self._disk(), self._host(), self._work(),
+                self._assumptions(), memory,
+            )  # fmt: skip
+            if plan.fits is False and with_remedies:
+                plan.remedies = self._remedies(memory, plan.peak)
         if tflops is not None:
             rate = tflops * 1e12 * utilisation * self.choices.processes
             plan.assumptions.append(f"{tflops:g} TFLOPS, of which a training reaches {utilisation:.0%}")
