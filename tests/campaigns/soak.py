@@ -30,7 +30,6 @@ import argparse
 import contextlib
 import gc
 import itertools
-import math
 import multiprocessing
 import os
 import re
@@ -55,7 +54,7 @@ from transformers import TrainerCallback
 
 from trl_diffusion.models.conditioning import open_prompt_store
 from trl_diffusion.rewards import RemoteReward
-from trl_diffusion.runtime.checkpoints import last_whole_checkpoint
+from trl_diffusion.runtime.checkpoints import checkpoints, last_whole_checkpoint
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -258,6 +257,11 @@ def started(kind: str, folder: Path, steps: int, cache: dict) -> multiprocessing
     return process
 
 
+def saved_step(folder: Path) -> int:
+    """Of the latest checkpoint of a run, 0 before the first."""
+    return max((int(path.name.rpartition("-")[2]) for path in checkpoints(folder)), default=0)
+
+
 def finish(process: multiprocessing.Process) -> None:
     process.join()
     if process.exitcode != 0:
@@ -286,19 +290,18 @@ class Entries:
                 found[path.name] = path.stat().st_size
         return found
 
-    def watch(self, process: multiprocessing.Process, seconds: float) -> None:
-        """Look until the process ends, at most so long."""
-        end = time.monotonic() + seconds
-        while process.is_alive() and time.monotonic() < end:
+    def watch(self, process: multiprocessing.Process, reached: Callable[[], bool] = lambda: False) -> None:
+        """Look until something is reached or the process ends."""
+        while process.is_alive() and not reached():
             sizes = self.sizes()
             self.seen |= sizes.keys()
             self.most = max(self.most, sum(sizes.values()))
             time.sleep(0.05)
 
 
-def share_cache(folder: Path, steps: int, kills: int, seconds: float) -> str:
+def share_cache(folder: Path, steps: int, kills: int) -> str:
     """
-    Run Chunk-GRPO, which is killed, beside SRPO, which is not.
+    Run Chunk-GRPO, which is killed when it has done a further share of its steps, beside SRPO, which is not.
 
     The cache is that of this process, so HF_ASSETS_CACHE is set before it starts.
     """
@@ -316,14 +319,15 @@ def share_cache(folder: Path, steps: int, kills: int, seconds: float) -> str:
     beside = started("srpo", folder / "srpo", steps, cache)
     disturbed = started("chunk_grpo", folder / "chunk_grpo", steps, cache)
     while killed < kills:
-        cached.watch(disturbed, seconds)
+        step = (killed + 1) * steps // (kills + 1)
+        cached.watch(disturbed, lambda step=step: saved_step(folder / "chunk_grpo") >= step)
         if not disturbed.is_alive():
             break
         disturbed.kill()
         disturbed.join()
         killed += 1
         disturbed = started("chunk_grpo", folder / "chunk_grpo", steps, cache)
-    cached.watch(disturbed, math.inf)
+    cached.watch(disturbed)
     finish(disturbed)
     finish(beside)
     for kind in TRAINERS:
@@ -370,7 +374,6 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=20_000, help="of server")
     parser.add_argument("--clients", type=int, default=32, help="of server")
     parser.add_argument("--kills", type=int, default=10, help="of cache")
-    parser.add_argument("--seconds", type=float, default=30.0, help="between two kills of cache")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -380,7 +383,7 @@ def main() -> int:
         elif arguments.campaign == "server":
             print(serve(arguments.requests, arguments.clients))
         elif "HF_ASSETS_CACHE" in os.environ:
-            print(share_cache(folder, arguments.steps, arguments.kills, arguments.seconds))
+            print(share_cache(folder, arguments.steps, arguments.kills))
         else:
             # Read when the libraries are imported, so that only another process can have a cache of its own.
             environment = {**os.environ, "HF_ASSETS_CACHE": str(folder / "assets")}

@@ -40,7 +40,7 @@ def test_the_reward_server_under_32_clients():
 
 def test_two_runs_share_the_cache_of_prompts(tmp_path):
     command = [sys.executable, str(TESTS / "campaigns" / "soak.py"), "cache"]
-    command += ["--steps", "6", "--kills", "1", "--seconds", "2"]
+    command += ["--steps", "8", "--kills", "1"]
     environment = {**os.environ, "HF_ASSETS_CACHE": str(tmp_path)}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr[-3000:]
