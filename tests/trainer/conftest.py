@@ -147,12 +147,15 @@ def perturb(trainer, scale=0.02, seed=0):
                 parameter += scale * torch.randn(parameter.shape, generator=generator)
 
 
-def gradients(trainer, micro_batch):
-    """Gradients of the trained weights by one micro-batch, in float64."""
+def gradients(trainer, micro_batch, losses=None):
+    """Gradients of the trained weights by one micro-batch, in float64; adds the losses of its terms to a list."""
     trainer.model.zero_grad()
     trainer.model.train()
     for term in trainer.loss_terms(trainer.model, micro_batch):
-        term().backward()
+        loss = term()
+        loss.backward()
+        if losses is not None:
+            losses.append(loss.item())
     return torch.cat([p.grad.flatten().double() for p in trainer.model.parameters() if p.requires_grad])
 
 

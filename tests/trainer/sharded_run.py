@@ -23,7 +23,8 @@ SIZE is the number of images that all processes together train in a micro-batch,
 other: "srpo" trains a LoRA, "srpo_full" all weights, "srpo+ema" keeps a moving average, "srpo+resumed" goes on from the
 first checkpoint of "srpo", "srpo+slower" as well with another learning rate, and "srpo+ema+resumed" from that of
 "srpo+ema". "srpo+kept" keeps
-FSDP2's weights gathered after a forward, in this run and those after it. "srpo+best" ends with the
+FSDP2's weights gathered after a forward, in this run and those after it. "chunk_grpo+once" is on-policy: on two processes
+a group's common step is trained in one of its micro-batches. "srpo+best" ends with the
 checkpoint that was evaluated best. "srpo+trapped" tries to resume when somebody has put
 code into a file of that checkpoint.
 """
@@ -172,6 +173,8 @@ def main(folder: Path, size: int, names: list[str]) -> None:
             settings |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
             # These steps are so large that the reward falls: it is best after the first.
             settings |= {"metric_for_best_model": "reward", "greater_is_better": True, "num_eval_images": 2}
+        if "once" in variants:
+            settings |= {"steps_per_generation": 2, "chunk_fraction": 1.0}
         if "kept" in variants:
             os.environ["FSDP_RESHARD_AFTER_FORWARD"] = "false"
         if "offload" in variants:

@@ -233,11 +233,14 @@ class TestPolicy:
         log_ratios = []
         for batch in generation(trainer):
             batch.old_log_probs = batch.log_probs.clone()
-            for chunk in batch.chunks:
+            forwards = trainer._forwards_of(batch)
+            for index, chunk in enumerate(batch.chunks):
                 above = 2e-3 * torch.randint(-2, 3, (4, 1)).float() * torch.ones(len(chunk))
                 with torch.no_grad():
-                    forwards = [trainer._transition(trainer.model, batch, i) for i in trainer._forward_groups(chunk)]
-                batch.old_log_probs[:, chunk] = torch.cat([log_probs for log_probs, *_ in forwards], 1) - above
+                    log_probs = [
+                        trainer._transition(trainer.model, batch, steps)[0] for _, i, steps in forwards if i == index
+                    ]
+                batch.old_log_probs[:, chunk] = torch.cat(log_probs, 1) - above
                 log_ratios.append(above[:, 0])
             for term in trainer.loss_terms(trainer.model, batch):
                 term()

@@ -102,6 +102,101 @@ def test_gradient(make_trainer, settings, size):
     torch.testing.assert_close(*found, rtol=0, atol=1e-12 * scale)
 
 
+def in_float64(trainer, micro_batches):
+    trainer._transitions_on_device = trainer.transitions
+    for batch in micro_batches:
+        batch.states = {i: latents.double() for i, latents in batch.states.items()}
+        batch.advantages, batch.log_probs = batch.advantages.double(), batch.log_probs.double()
+
+
+ON_POLICY = [
+    {"chunk_fraction": 1.0},
+    {"chunk_fraction": 1.0, "chunk_gradient": "streamed", "trust_region": "kl", "beta": 0.1},
+    {"chunk_fraction": 1.0, "loss_weighting": "inverse_chunk_size", "beta": 0.1},
+    {**WINDOW, "trust_region": "guard", "beta": 0.1},
+    {**WINDOW, "window_chunk": 1, "num_iterations": 2, "peft_config": False},
+]
+
+
+@pytest.mark.parametrize("settings", ON_POLICY, ids=ids)
+# Three groups of four: each in several micro-batches, and some micro-batches with two of them.
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_an_update_whose_groups_are_in_several_micro_batches(make_trainer, settings, size):
+    found, losses, forwards, logged = [], [], [], []
+    for once, rows in ((True, size), (False, 12)):
+        passes = settings.get("num_iterations", 1)
+        trainer = make_trainer(
+            "sd3", per_device_train_batch_size=rows, gradient_accumulation_steps=passes * 12 // rows,
+            steps_per_generation=12 // rows, guidance_scale=1.0, **settings,
+        )  # fmt: skip
+        trainer._computes_common_once = once
+        norms_in_float64(trainer.model)
+        perturb(trainer)
+        trainer.model.double()
+        trainer.flow.dtype = torch.float64
+        micro_batches = generation(trainer, ["a cat", "a dog", "rain"])
+        beginning = [batch.beginning for batch in micro_batches if batch.beginning is not None]
+        in_float64(trainer, [*micro_batches, *beginning])
+        if trainer.args.beta > 0:
+            trainer._add_reference_means(micro_batches)
+        before, terms = trainer.image_sampler.forwards, []
+        gradient = sum(gradients(trainer, batch, terms) for batch in micro_batches)
+        found.append(gradient / len(micro_batches))
+        losses.append(sum(terms) / len(micro_batches))
+        logged.append(trainer._running_metrics.take(trainer.accelerator))
+        forwards.append(trainer.image_sampler.forwards - before)
+        if once:  # each group at one micro-batch, where its first image is
+            assert sorted(sum((batch.index for batch in beginning), [])) == list(range(12))
+            assert all(
+                batch.beginning.index[0] in batch.index for batch in micro_batches if batch.beginning is not None
+            )
+            assert {batch.common_step for batch in micro_batches} == {min(map(min, micro_batches[0].chunks))}
+    # Of all trained steps one is common to four images.
+    steps = sum(map(len, micro_batches[0].chunks))
+    assert forwards == [12 * (steps - 1) + 3, 12 * steps]
+    scale = found[1].abs().max().item()
+    assert scale > 0
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12 * scale)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-10, abs=1e-14)
+    assert ("kl" in logged[0]) == (settings.get("beta", 0) > 0)
+    assert logged[0] == pytest.approx(logged[1], rel=1e-4, abs=1e-6)
+
+
+def test_what_is_trained_together(make_trainer, monkeypatch):
+    """A group's common step, where an update has other steps and is on-policy, and all processes do as much."""
+
+    def common_steps(size=2, **settings):
+        trainer = make_trainer(
+            per_device_train_batch_size=size, **{"gradient_accumulation_steps": 8 // size, **settings}
+        )
+        return {batch.common_step for batch in generation(trainer)}
+
+    assert common_steps(chunk_fraction=1.0) == {0}
+    assert common_steps(chunk_fraction=1.0, size=4) == {None}  # each group is in one micro-batch anyway
+    assert common_steps(chunk_fraction=1.0, shared_noise="none") == {None}
+    assert common_steps(chunk_sampling=[1]) == {None}
+    assert common_steps(chunk_sizes=[1, 4], chunk_sampling=[0]) == {None}  # nothing is left for the others
+    assert common_steps(chunk_fraction=1.0, num_iterations=2) == {None}
+
+    # Groups of four on three processes of six images: the second one's begin at its first and third image, those of
+    # the others at the first and the fifth.
+    trainer = make_trainer(
+        chunk_fraction=1.0, per_device_train_batch_size=2, gradient_accumulation_steps=3, num_generations=2
+    )
+    places = {process: list(range(6 * process, 6 * process + 6)) for process in range(3)}
+    monkeypatch.setattr(trainer, "_global_index", lambda count, process=0: places[process])
+    for num_generations, world_size, expected in ((4, 1, 0), (4, 3, None), (3, 3, 0)):
+        monkeypatch.setattr(trainer.args, "num_generations", num_generations)
+        monkeypatch.setattr(type(trainer.args), "world_size", world_size)
+        whole = trainer.generation_class(
+            index=places[0], prompts=["a cat"] * 6, clean=None, scores=None, advantages=None, states={}, log_probs=None,
+            relative_changes=None, chunks=[[0, 1]], divisors=[1],
+        )  # fmt: skip
+        micro_batches = [whole.part(slice(row, row + 2)) for row in (0, 2, 4)]
+        trainer._train_common_step_once(whole, micro_batches)
+        assert {batch.common_step for batch in micro_batches} == {expected}, num_generations
+
+
 def test_noise_of_their_own_has_nothing_in_common(make_trainer):
     trainer = make_trainer(shared_noise="none", chunk_sampling=[0])
     batch = generation(trainer)[0]
@@ -123,6 +218,11 @@ def test_noise_of_their_own_has_nothing_in_common(make_trainer):
          2 * 2 * (1 + 4 + 4)),
         ("qwen-image", {"chunk_sampling": [0], "guidance_scale": 3.0}, 2 * (2 + 5 * 8), 2 * 2 * (1 + 4)),
         ("flux", {"chunk_sampling": [0], "beta": 0.1}, 2 + 5 * 8 + 2 * (1 + 4), 2 * (1 + 4)),
+        # Four micro-batches: on-policy, the common step is trained by the first one of a group.
+        ("flux", {"chunk_sampling": [0], "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+         2 + 5 * 8, 2 * 1 + 4 * 2),
+        ("flux", {"chunk_sampling": [0], "beta": 0.1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
+         2 + 5 * 8 + 2 + 8, 2 + 8),
     ],
 )  # fmt: skip
 def test_forwards_per_image_by_hand(make_trainer, family, settings, rollout, update, train_dataset):

@@ -43,7 +43,7 @@ RUNS = ["chunk_grpo", "srpo", "chunk_grpo_full", "srpo_full"]
 AVERAGED = ["chunk_grpo+ema", "srpo_full+ema"]
 # ZeRO-1 is ZeRO-2 but for the gradients: one run of each kind suffices.
 OF_CONFIG = {
-    "multi_gpu": [*RUNS, "srpo+slower", "srpo+ema+best"],
+    "multi_gpu": [*RUNS, "chunk_grpo+once", "srpo+slower", "srpo+ema+best"],
     "zero1": ["srpo", "chunk_grpo_full+ema"],
     "zero2": [
         *RUNS,
@@ -61,6 +61,7 @@ OF_CONFIG = {
         "srpo_full+ema+resumed",
         "srpo+slower",
         "srpo+ema+best",
+        "chunk_grpo+once",
         "chunk_grpo+ema+offload",
     ],
     "fsdp2": [
@@ -70,6 +71,7 @@ OF_CONFIG = {
         "srpo_full+ema+resumed",
         "srpo+slower",
         "srpo+ema+best",
+        "chunk_grpo+once",
         "chunk_grpo_full+ema+bf16",
         "chunk_grpo+ema+kept",
     ],
@@ -119,7 +121,7 @@ def largest_difference(a, b):
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    launch(folder, None, [*RUNS, *AVERAGED, "chunk_grpo_full+ema", "srpo+slower"])
+    launch(folder, None, [*RUNS, *AVERAGED, "chunk_grpo_full+ema", "chunk_grpo+once", "srpo+slower"])
     return folder
 
 

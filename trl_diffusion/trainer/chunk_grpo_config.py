@@ -480,7 +480,9 @@ class ChunkGRPOConfig(OnlineConfig):
             return len(steps)
         last = 0 if self.stochastic_steps == "all" else steps[0]
         common = sum(step <= last for step in steps)
-        return len(steps) - common * (1 - 1 / min(self.num_generations, self.per_device_train_batch_size))
+        # On-policy, a group is trained together there, in however many micro-batches its images are.
+        together = self.consecutive_images if self.on_policy and len(steps) > 1 else self.per_device_train_batch_size
+        return len(steps) - common * (1 - 1 / min(self.num_generations, together))
 
     def _rollout_rows(self, steps: Sequence[int]) -> float:
         if self.shared_noise != "group":

@@ -14,8 +14,11 @@
 
 """Group-relative policy optimisation of chunks of sampling steps."""
 
+import itertools
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +49,7 @@ from ..runtime.policies import REFERENCE
 from ..runtime.resuming import as_saved, refuse_changed, saved_state
 from ..runtime.term_trainer import LossTerm
 from .chunk_grpo_config import ChunkGRPOConfig
-from .generation import Generation, shared
+from .generation import Generation, not_kept, shared
 from .online_trainer import METHOD_STREAM, OnlineTrainer
 
 
@@ -70,6 +73,9 @@ class MicroBatch(Generation):
             where the trust region needs none, or the update is strictly on-policy.
         reference_means (`dict[int, torch.Tensor]`): means `(m, ...)` of each trained transition under the reference; empty
             without a KL term.
+        common_step (`int`, *optional*): a transition that is not trained with the images of each micro-batch, but with all
+            of a group, where it begins; see [`ChunkGRPOTrainer._train_common_step_once`].
+        beginning (`MicroBatch`, *optional*): the images that train `common_step` in this micro-batch.
     """
 
     chunks: list[list[int]] = shared()
@@ -77,6 +83,8 @@ class MicroBatch(Generation):
     old_log_probs: torch.Tensor | None = None
     old_means: dict[int, torch.Tensor] = field(default_factory=dict)
     reference_means: dict[int, torch.Tensor] = field(default_factory=dict)
+    common_step: int | None = not_kept()
+    beginning: "MicroBatch | None" = not_kept()
 
 
 class ChunkGRPOTrainer(OnlineTrainer):
@@ -199,13 +207,50 @@ class ChunkGRPOTrainer(OnlineTrainer):
             generation.chunks, generation.divisors = drawn, [len(drawn)] * len(drawn)
 
         micro_batches = generation.split(args.per_device_train_batch_size)
-        if not args.on_policy:
+        if args.on_policy:
+            self._train_common_step_once(generation, micro_batches)
+        else:
             with self.timed("old_log_probs"), self.rollout_model() as model:
                 for micro_batch in micro_batches:
                     self._add_old_policy(model, micro_batch)
         if args.beta > 0:
             self._add_reference_means(micro_batches)
         return micro_batches
+
+    def _train_common_step_once(self, generation: MicroBatch, micro_batches: list[MicroBatch]) -> None:
+        """
+        Where the images of a group are in several micro-batches, and one optimizer step trains them all: let the first of
+        these train the transition whose input they have in common, for the whole group by one forward.
+
+        That is possible where the update is on-policy: the ratio of a chunk is 1, and the gradient of one of its transitions
+        needs none of the others.
+        """
+        step, size = self._last_common(generation), self.args.per_device_train_batch_size
+        steps = sum(generation.chunks, [])
+        if step not in steps or len(steps) == 1:  # a micro-batch that trains nothing has no loss
+            return
+        begins = []  # by process, the row of each group's first image
+        for process in range(self.args.world_size):
+            groups = self._groups(self._global_index(len(generation.prompts), process))
+            begins.append([row for row, group in enumerate(groups) if row == 0 or group != groups[row - 1]])
+        in_micro_batch = [{row // size for row in rows} for rows in begins]
+        # Processes must call a network that is sharded equally often.
+        if any(there != in_micro_batch[0] for there in in_micro_batch):
+            return
+        rows = [*begins[self.accelerator.process_index], len(generation.prompts)]
+        if all(first % size + (after - first) <= size for first, after in itertools.pairwise(rows)):
+            return  # each group is in one micro-batch
+        for index, micro_batch in enumerate(micro_batches):
+            micro_batch.common_step = step
+            inside = [place for place, row in enumerate(rows[:-1]) if row // size == index]
+            if inside:
+                micro_batch.beginning = generation.part(slice(rows[inside[0]], rows[inside[-1] + 1]))
+
+    def _last_common(self, generation: MicroBatch) -> int:
+        """The last transition whose input is the same for all images of a group, -1 if there is none."""
+        if self.args.shared_noise != "group" or not self._computes_common_once:
+            return -1
+        return 0 if self.args.stochastic_steps == "all" else min(map(min, generation.chunks))
 
     def _draw_chunks(self, generation: int, relative_changes: torch.Tensor | None) -> list[list[int]]:
         """The transitions of each chunk that trains in this generation, the same on every process."""
@@ -254,9 +299,7 @@ class ChunkGRPOTrainer(OnlineTrainer):
         Of the rows of a forward, step by step along the batch, those with distinct inputs, and the place among them of
         every row: until their noise differs, the images of a group have one input.
         """
-        last_common = -1
-        if self.args.shared_noise == "group" and self._computes_common_once:
-            last_common = 0 if self.args.stochastic_steps == "all" else min(map(min, micro_batch.chunks))
+        last_common = self._last_common(micro_batch)
         rows, distinct, places, known = 0, [], [], {}
         for step in steps:
             keys = self._groups(micro_batch.index) if step <= last_common else micro_batch.index
@@ -268,31 +311,34 @@ class ChunkGRPOTrainer(OnlineTrainer):
                 rows += 1
         return distinct, places
 
-    def _forward_groups(self, chunk: list[int]) -> list[list[int]]:
-        """The transitions of each forward of a chunk."""
-        return [chunk] if self.args.chunk_gradient == "joint" else [[i] for i in chunk]
-
-    def _add_reference_means(self, micro_batches: list[MicroBatch]) -> None:
-        # Once a generation, since another policy cannot be used between a forward and its backward.
-        with self.timed("reference"), self.policies.use(REFERENCE), self.rollout_model() as model:
-            for micro_batch in micro_batches:
-                micro_batch.reference_means = self._means(model, micro_batch)
+    def _forwards_of(self, micro_batch: MicroBatch) -> list[tuple[MicroBatch, int, list[int]]]:
+        """The forwards of an update: of which images, of which trained chunk, at which of its transitions."""
+        forwards = []
+        for index, chunk in enumerate(micro_batch.chunks):
+            own = [step for step in chunk if step != micro_batch.common_step]
+            if len(own) < len(chunk) and micro_batch.beginning is not None:
+                forwards.append((micro_batch.beginning, index, [micro_batch.common_step]))
+            if self.args.chunk_gradient == "streamed":
+                forwards += [(micro_batch, index, [step]) for step in own]
+            elif own:
+                forwards.append((micro_batch, index, own))
+        return forwards
 
     @torch.no_grad()
-    def _means(self, model: nn.Module, micro_batch: MicroBatch) -> dict[int, torch.Tensor]:
-        """Means `(m, ...)` of each trained transition, in the batch shapes of training."""
-        means = {}
-        for steps in [steps for chunk in micro_batch.chunks for steps in self._forward_groups(chunk)]:
-            mean = self._transition(model, micro_batch, steps)[1]
-            means |= dict(zip(steps, mean.split(len(micro_batch.prompts)), strict=True))
-        return means
+    def _add_reference_means(self, micro_batches: list[MicroBatch]) -> None:
+        # Once a generation, since another policy cannot be used between a forward and its backward; in the batch shapes of
+        # training.
+        with self.timed("reference"), self.policies.use(REFERENCE), self.rollout_model() as model:
+            for images, _, steps in itertools.chain.from_iterable(map(self._forwards_of, micro_batches)):
+                mean = self._transition(model, images, steps)[1]
+                images.reference_means |= dict(zip(steps, mean.split(len(images.prompts)), strict=True))
 
     def _add_old_policy(self, model: nn.Module, micro_batch: MicroBatch) -> None:
         """What the objective needs of the sampling policy at the trained transitions, in the batch shapes of training."""
         micro_batch.old_log_probs = micro_batch.log_probs.clone()
         if self.args.old_log_probs == "rollout":
             return
-        for steps in [steps for chunk in micro_batch.chunks for steps in self._forward_groups(chunk)]:
+        for _, _, steps in self._forwards_of(micro_batch):
             # What is compiled for a gradient rounds otherwise than what is compiled without.
             with torch.set_grad_enabled(self.args.compile_denoiser), self._no_exchange(model):
                 log_probs, mean, _ = self._transition(model, micro_batch, steps)
@@ -303,26 +349,23 @@ class ChunkGRPOTrainer(OnlineTrainer):
 
     def loss_terms(self, model: nn.Module, micro_batch: MicroBatch) -> Sequence[LossTerm]:
         """
-        One term for each trained chunk (`chunk_gradient="joint"`), or for each of its steps (`"streamed"`).
+        One term for each trained chunk (`chunk_gradient="joint"`), or for each of its steps (`"streamed"`), and one for the
+        step that the images of a group have in common, where it is trained for all of them at once.
 
         The loss is the mean over images and trained chunks of the surrogate within its trust region, plus `beta` times
         the KL divergence to the reference; every chunk weighs the same, whatever its size.
         """
-        chunks = list(zip(micro_batch.chunks, micro_batch.divisors, strict=True))
-        if self.args.chunk_gradient == "joint":
-            return [
-                lambda chunk=chunk, divisor=divisor: self._joint_term(model, micro_batch, chunk, divisor)
-                for chunk, divisor in chunks
-            ]
         terms = []
-        for chunk, divisor in chunks:
-            weights = {}  # of the chunk, computed by its first step and used by all
-            terms += [
-                lambda step=step, chunk=chunk, divisor=divisor, weights=weights: self._streamed_term(
-                    model, micro_batch, chunk, divisor, step, weights
-                )
-                for step in chunk
-            ]
+        weights = defaultdict(dict)  # of a chunk, computed by its first term and used by all
+        for images, index, steps in self._forwards_of(micro_batch):
+            chunk, divisor = micro_batch.chunks[index], micro_batch.divisors[index]
+            if self.args.chunk_gradient == "joint" and images is micro_batch and steps == chunk:
+                terms.append(partial(self._joint_term, model, images, chunk, divisor))
+            else:
+                # Of the chunk's loss on the micro-batch, which is a mean over as many images as it has, whichever they are.
+                share = len(images.prompts) / len(micro_batch.prompts) * len(steps) / len(chunk)
+                of_chunk = weights[index, images is micro_batch]
+                terms.append(partial(self._term_of_steps, model, images, chunk, divisor, steps, share, of_chunk))
         return terms
 
     def _compared(
@@ -364,15 +407,17 @@ class ChunkGRPOTrainer(OnlineTrainer):
         self._record_ratio(micro_batch, chunk, log_probs, new, old, divergence)
         return (surrogate.mean() + self._kl_term(micro_batch, chunk, mean, std)) / divisor
 
-    def _streamed_term(
+    def _term_of_steps(
         self,
         model: nn.Module,
         micro_batch: MicroBatch,
         chunk: list[int],
         divisor: int,
-        step: int,
+        steps: list[int],
+        share: float,
         weights: dict[str, torch.Tensor],
     ) -> torch.Tensor:
+        """The share of some of a chunk's steps in its loss and gradient, the ratio of the whole chunk being known."""
         advantages = micro_batch.advantages
         if not weights:
             ratio, divergence = torch.ones_like(advantages), torch.zeros_like(advantages)
@@ -383,14 +428,14 @@ class ChunkGRPOTrainer(OnlineTrainer):
             (gradient,) = torch.autograd.grad(value.sum(), ratio)
             # The derivative by the mean of the steps' log-probabilities.
             weights["log_prob"], weights["value"] = gradient * ratio.detach(), value.detach()
-        log_probs, mean, std = self._transition(model, micro_batch, [step])
-        new, old, divergence = self._compared(micro_batch, [step], log_probs, mean, std)
+        log_probs, mean, std = self._transition(model, micro_batch, steps)
+        new, old, divergence = self._compared(micro_batch, steps, log_probs, mean, std)
         if micro_batch.old_log_probs is None:
-            self._record_ratio(micro_batch, [step], log_probs, new, old, divergence[:, 0])
-        weighted = weights["log_prob"] * new[:, 0]
+            self._record_ratio(micro_batch, steps, log_probs, new, old, divergence.mean(1), share)
+        weighted = weights["log_prob"] * new.mean(1)
         # The gradient is that of `weighted`, the value that of the chunk's loss.
         loss = (weighted - weighted.detach() + weights["value"]).mean()
-        return (loss + self._kl_term(micro_batch, [step], mean, std)) / (len(chunk) * divisor)
+        return (loss + self._kl_term(micro_batch, steps, mean, std, share)) * (share / divisor)
 
     @torch.no_grad()
     def _ratio_of_chunk(
@@ -407,13 +452,13 @@ class ChunkGRPOTrainer(OnlineTrainer):
         return chunk_ratio(new, old), divergence
 
     def _kl_term(
-        self, micro_batch: MicroBatch, steps: list[int], mean: torch.Tensor, std: torch.Tensor
+        self, micro_batch: MicroBatch, steps: list[int], mean: torch.Tensor, std: torch.Tensor, share: float = 1.0
     ) -> torch.Tensor | float:
         if self.args.beta == 0:
             return 0.0
         reference_mean = torch.cat([micro_batch.reference_means[step] for step in steps])
         kl = transition_kl(mean, reference_mean, std).mean()
-        self._running_metrics.add({"kl": kl})
+        self._running_metrics.add({"kl": kl}, weight=share)
         return self.args.beta * kl
 
     @torch.no_grad()
@@ -425,10 +470,11 @@ class ChunkGRPOTrainer(OnlineTrainer):
         new: torch.Tensor,
         old: torch.Tensor,
         divergence: torch.Tensor,
+        share: float = 1.0,
     ) -> None:
         """
-        Add the ratios of a chunk, or of one of its steps, to the metrics: the log-probabilities of training, those that
-        [`_compared`] makes of both policies, `(m, cs)` each, and the mean divergence `(m,)`.
+        Add the ratios of a chunk, or of some of its steps, to the metrics: the log-probabilities of training, those that
+        [`_compared`] makes of both policies, `(m, cs)` each, and the mean divergence `(m,)`; with their share in the chunk.
         """
         args, advantages = self.args, micro_batch.advantages
         log_ratio = (new - old).mean(1)
@@ -451,6 +497,7 @@ class ChunkGRPOTrainer(OnlineTrainer):
                 **({} if args.trust_region == "clip" else {"divergence/mean": divergence.mean()}),
             },
             maxima={"log_ratio/abs_max": log_ratio.abs().max()},
+            weight=share,
         )
 
     def _take_metrics(self) -> dict[str, float]:

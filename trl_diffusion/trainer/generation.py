@@ -35,6 +35,11 @@ def shared() -> Any:
     return field(default_factory=list, metadata={"shared": True})
 
 
+def not_kept() -> Any:
+    """A field of a [`Generation`] that is not in checkpoints, `None` at first."""
+    return field(default=None, metadata={"kept": False})
+
+
 @dataclass(kw_only=True)
 class Generation:
     """
@@ -42,7 +47,7 @@ class Generation:
 
     A method adds fields in a subclass: tensors whose first dimension is the image, dictionaries of them whose keys are
     integers, lists of one text an image, and, by [`shared`], what is the same for all. Checkpoints hold all but the
-    columns and the images of prompts, which the rows of the dataset give again.
+    columns and the images of prompts, which the rows of the dataset give again, and what is [`not_kept`].
 
     Attributes:
         index (`list[int]` of length B): the place of each among the images of all processes, which does not depend on
@@ -70,9 +75,11 @@ class Generation:
 
     def split(self, size: int) -> list[Self]:
         """Parts of `size` images each, which one micro-batch trains."""
-        return [self._part(slice(start, start + size)) for start in range(0, len(self.prompts), size)]
+        return [self.part(slice(start, start + size)) for start in range(0, len(self.prompts), size)]
 
-    def _part(self, rows: slice) -> Self:
+    def part(self, rows: slice) -> Self:
+        """Some of the images."""
+
         def part(value: Any) -> Any:
             if isinstance(value, dict):
                 return {key: tensor[rows] for key, tensor in value.items()}
@@ -159,6 +166,7 @@ class Generation:
 
 
 def _fields(generation: Generation, shared: bool) -> list[dataclasses.Field]:
-    """Those whose values are by image, or those whose value is shared; without those that have none."""
+    """Those whose values are by image, or those whose value is shared; without those that have none, or are not kept."""
     there = [each for each in dataclasses.fields(generation) if vars(generation)[each.name] is not None]
+    there = [each for each in there if each.metadata.get("kept", True)]
     return [each for each in there if each.metadata.get("shared", False) is shared]

@@ -42,14 +42,20 @@ class RunningMetrics:
         self._sums: dict[tuple[str, ...], torch.Tensor] = {}  # names -> (2, N): the sums and the counts
         self._maxima: dict[str, torch.Tensor] = {}
 
-    def add(self, means: Mapping[str, torch.Tensor], maxima: Mapping[str, torch.Tensor] | None = None) -> None:
+    def add(
+        self,
+        means: Mapping[str, torch.Tensor],
+        maxima: Mapping[str, torch.Tensor] | None = None,
+        weight: float = 1.0,
+    ) -> None:
         """
         Args:
             means (`Mapping[str, torch.Tensor]`): scalars that are averaged, over calls and processes.
             maxima (`Mapping[str, torch.Tensor]`, *optional*): scalars of which the largest is kept.
+            weight (`float`, *optional*, defaults to `1.0`): of this call in the means.
         """
         values = torch.stack([value.detach().float() for value in means.values()])
-        sums = torch.stack([values.nan_to_num(0.0, torch.inf, -torch.inf), (~values.isnan()).float()])
+        sums = weight * torch.stack([values.nan_to_num(0.0, torch.inf, -torch.inf), (~values.isnan()).float()])
         names = tuple(means)
         self._sums[names] = self._sums[names] + sums if names in self._sums else sums
         for name, value in (maxima or {}).items():
