@@ -118,9 +118,13 @@ ON_POLICY = [
 ]
 
 
-@pytest.mark.parametrize("settings", ON_POLICY, ids=ids)
 # Three groups of four: each in several micro-batches, and some micro-batches with two of them.
-@pytest.mark.parametrize("size", [1, 2, 3, 6])
+SIZES = [(ON_POLICY[0], size) for size in (1, 2, 3, 6)] + list(zip(ON_POLICY[1:], (1, 3, 6, 2), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "size"), SIZES, ids=lambda value: ids(value) if isinstance(value, dict) else None
+)
 def test_an_update_whose_groups_are_in_several_micro_batches(make_trainer, settings, size):
     found, losses, forwards, logged = [], [], [], []
     for once, rows in ((True, size), (False, 12)):
