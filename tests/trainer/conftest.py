@@ -159,15 +159,21 @@ def gradients(trainer, micro_batch, losses=None):
     return torch.cat([p.grad.flatten().double() for p in trainer.model.parameters() if p.requires_grad])
 
 
+def in_float64(trainer, *micro_batches):
+    """From here on the trainer computes in float64, with what these have of their rollout."""
+    trainer.model.double()
+    trainer.flow.dtype = torch.float64
+    trainer._transitions_on_device = trainer.transitions
+    for batch in micro_batches:
+        batch.states = {i: latents.double() for i, latents in batch.states.items()}
+        batch.advantages, batch.log_probs = batch.advantages.double(), batch.log_probs.double()
+
+
 def off_policy_in_float64(trainer, prompts=("a cat", "a dog")):
     """A micro-batch in float64 whose old policy is known, and the policy moved on."""
     perturb(trainer)
     batch = generation(trainer, prompts)[0]
-    trainer.model.double()
-    trainer.flow.dtype = torch.float64
-    trainer._transitions_on_device = trainer.transitions
-    batch.states = {i: latents.double() for i, latents in batch.states.items()}
-    batch.advantages, batch.log_probs = batch.advantages.double(), batch.log_probs.double()
+    in_float64(trainer, batch)
     trainer._add_old_policy(trainer.model, batch)
     perturb(trainer, seed=1)
     return batch

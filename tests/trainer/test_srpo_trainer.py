@@ -137,32 +137,28 @@ def clean_batch(trainer, prompts=tuple(PROMPTS[:3])):
     return trainer._prepare_inputs(rows)
 
 
-def to_double(trainer, batch):
-    """Compute everything in float64."""
+def to_double(trainer, batch, monkeypatch):
+    """
+    Compute everything in float64.
+
+    Parts of diffusers' networks compute in float32 whatever they are given, with last bits that depend on the CPU: from
+    here on tensors become float64 where float32 is asked for.
+    """
+    to = torch.Tensor.to
+
+    def to_float64(tensor, *args, **kwargs):
+        args = [torch.float64 if value is torch.float32 else value for value in args]
+        kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()}
+        return to(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", to_float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     trainer.model.double()
     trainer.flow.vae.double()
     trainer.flow.dtype = torch.float64
     batch.clean, batch.noise, batch.sigmas = batch.clean.double(), batch.noise.double(), batch.sigmas.double()
     batch.states = {i: latents.double() for i, latents in batch.states.items()}
     batch.fresh_noise = [noise.double() for noise in batch.fresh_noise]
-
-
-@pytest.fixture
-def double_for_float(monkeypatch):
-    """
-    Tensors become float64 where float32 is asked for.
-
-    Parts of diffusers' networks compute in float32 whatever they are given, with last bits that depend on the CPU.
-    """
-    to = torch.Tensor.to
-
-    def to_double(tensor, *args, **kwargs):
-        args = [torch.float64 if value is torch.float32 else value for value in args]
-        kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()}
-        return to(tensor, *args, **kwargs)
-
-    monkeypatch.setattr(torch.Tensor, "to", to_double)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
 def total_loss(trainer, batch):
@@ -390,12 +386,11 @@ class TestObjective:
         ],
         ids=lambda settings: ",".join(f"{name}={value}" for name, value in settings.items() if name != "reward_funcs"),
     )
-    def test_gradient_is_a_finite_difference_through_the_whole_pass(self, make_trainer, settings, request):
+    def test_gradient_is_a_finite_difference_through_the_whole_pass(self, make_trainer, settings, monkeypatch):
         trainer = make_trainer(**{"sigma_range": [0.5, 0.95], "reward_threshold": 3.0, **settings})
         perturb(trainer)
         batch = clean_batch(trainer)
-        to_double(trainer, batch)
-        request.getfixturevalue("double_for_float")
+        to_double(trainer, batch, monkeypatch)
         analytic = gradients(trainer, batch)
         parameters = [p for p in trainer.model.parameters() if p.requires_grad]
         start = torch.cat([p.detach().flatten() for p in parameters])

@@ -49,7 +49,7 @@ from ..runtime.policies import REFERENCE
 from ..runtime.resuming import as_saved, refuse_changed, saved_state
 from ..runtime.term_trainer import LossTerm
 from .chunk_grpo_config import ChunkGRPOConfig
-from .generation import Generation, not_kept, shared
+from .generation import Generation, beginning_groups, not_kept, shared
 from .online_trainer import METHOD_STREAM, OnlineTrainer
 
 
@@ -225,26 +225,20 @@ class ChunkGRPOTrainer(OnlineTrainer):
         That is possible where the update is on-policy: the ratio of a chunk is 1, and the gradient of one of its transitions
         needs none of the others.
         """
-        step, size = self._last_common(generation), self.args.per_device_train_batch_size
+        args, step = self.args, self._last_common(generation)
         steps = sum(generation.chunks, [])
         if step not in steps or len(steps) == 1:  # a micro-batch that trains nothing has no loss
             return
-        begins = []  # by process, the row of each group's first image
-        for process in range(self.args.world_size):
-            groups = self._groups(self._global_index(len(generation.prompts), process))
-            begins.append([row for row, group in enumerate(groups) if row == 0 or group != groups[row - 1]])
-        in_micro_batch = [{row // size for row in rows} for rows in begins]
-        # Processes must call a network that is sharded equally often.
-        if any(there != in_micro_batch[0] for there in in_micro_batch):
+        groups = [
+            self._groups(self._global_index(len(generation.prompts), process)) for process in range(args.world_size)
+        ]
+        # Decided alike on all processes, which must call a network that is sharded equally often.
+        beginning = beginning_groups(groups, args.per_device_train_batch_size)
+        if beginning is None:
             return
-        rows = [*begins[self.accelerator.process_index], len(generation.prompts)]
-        if all(first % size + (after - first) <= size for first, after in itertools.pairwise(rows)):
-            return  # each group is in one micro-batch
-        for index, micro_batch in enumerate(micro_batches):
+        for micro_batch, rows in zip(micro_batches, beginning[self.accelerator.process_index], strict=True):
             micro_batch.common_step = step
-            inside = [place for place, row in enumerate(rows[:-1]) if row // size == index]
-            if inside:
-                micro_batch.beginning = generation.part(slice(rows[inside[0]], rows[inside[-1] + 1]))
+            micro_batch.beginning = None if rows is None else generation.part(rows)
 
     def _last_common(self, generation: MicroBatch) -> int:
         """The last transition whose input is the same for all images of a group, -1 if there is none."""

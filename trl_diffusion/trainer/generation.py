@@ -165,6 +165,33 @@ class Generation:
         return cls(**values)
 
 
+def beginning_groups(groups: Sequence[Sequence[int]], size: int) -> list[list[slice | None]] | None:
+    """
+    Where the images of a group are in several micro-batches: the rows of the whole groups that begin in each of these.
+
+    Args:
+        groups (`Sequence[Sequence[int]]`): by process, the group of each row; rows of a group follow one another.
+        size (`int`): rows of a micro-batch.
+
+    Returns:
+        `list[list[slice | None]]`: by process and micro-batch, `None` where none begins. `None` in place of all where each
+        group of every process is in one micro-batch, or where groups begin in other micro-batches on some process than on
+        others: what they do in a micro-batch would differ. It is the same on every process.
+    """
+    found, one_each = [], True
+    for rows in groups:
+        begins = [row for row, group in enumerate(rows) if row == 0 or group != rows[row - 1]]
+        ends = [*begins[1:], len(rows)]
+        one_each &= all(begin // size == (end - 1) // size for begin, end in zip(begins, ends, strict=True))
+        parts: list[slice | None] = [None] * -(-len(rows) // size)
+        for begin, end in zip(begins, ends, strict=True):
+            before = parts[begin // size]
+            parts[begin // size] = slice(begin if before is None else before.start, end)
+        found.append(parts)
+    alike = all([part is None for part in parts] == [part is None for part in found[0]] for parts in found)
+    return found if alike and not one_each else None
+
+
 def _fields(generation: Generation, shared: bool) -> list[dataclasses.Field]:
     """Those whose values are by image, or those whose value is shared; without those that have none, or are not kept."""
     there = [each for each in dataclasses.fields(generation) if vars(generation)[each.name] is not None]
