@@ -149,7 +149,8 @@ ARMS: dict[str, Arm] = {
     "direct-align": plain(sigma_range=[0.75, 0.964]),
     "refl": plain(estimator="refl", sigma_range=[0.1, 0.6]),
     "draft": plain(estimator="draft"),
-    "grpo-on-clip": grpo(reward="shapes-clip", **UNIFORM),
+    # GRPO as it learns best here: the noisier half of the steps
+    "grpo-on-clip": grpo(reward="shapes-clip", **NOISY_CHUNK),
 }
 
 

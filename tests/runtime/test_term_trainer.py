@@ -117,6 +117,26 @@ def test_the_rollout_model_is_in_eval_mode_and_returns_to_its_own(tmp_path):
         assert trainer.model_wrapped.training is mode
 
 
+class Wrapper(nn.Module):
+    """As DDP is: in training mode when it is made, whatever it wraps."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.layer = module.layer
+
+
+def test_a_network_that_is_given_in_eval_mode_is_trained_in_training_mode(tmp_path):
+    trainer = train(LineTrainer, tmp_path)
+    inputs = {name: torch.stack([row[name] for row in rows()]) for name in ("x", "labels")}
+    for model in (trainer.model, Wrapper(trainer.model)):
+        trainer.model.eval()
+        modes = []
+        hook = trainer.model.layer.register_forward_hook(lambda layer, *_, modes=modes: modes.append(layer.training))
+        trainer.training_step(model, inputs)
+        hook.remove()
+        assert modes == [True, True]
+
+
 class Moved(nn.Linear):
     """Notes where it is moved, since there may be no accelerator here."""
 

@@ -72,7 +72,9 @@ class TermTrainer(ReliableTrainer):
         self, model: nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         self._stop_if_terminated()
-        model.train()
+        # A wrapper that was just made says that it is in training mode, whatever it wraps.
+        if not (model.training and self.model.training):
+            model.train()
         inputs = self._prepare_inputs(inputs)
         self._step_losses.append(([], self._describe(inputs)))
         kwargs = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
@@ -157,7 +159,8 @@ class TermTrainer(ReliableTrainer):
         context = contextlib.nullcontext(model)
         if model is self.model and not isinstance(model, FSDPModule):
             # Until the training starts, the Trainer leaves the network of a sharded run on the CPU.
-            model.to(self.args.device)
+            if any(parameter.device != self.args.device for parameter in model.parameters()):
+                model.to(self.args.device)
         elif self.deepspeed is not None and self.deepspeed.zero_optimization_partition_weights():
             if self.args.ds3_gather_for_rollout:
                 from .deepspeed_internals import gathered
