@@ -66,10 +66,20 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Question:
+    """
+    Args:
+        number (`int`), title (`str`), comparisons (`tuple[Comparison, ...]`): what is asked.
+        note (`str`, *optional*): what is said before the table of the arms.
+        less_compute_than (`str`, *optional*): the arm to whose score the others' compute is told.
+        shown_beside (`tuple[str, ...]`, *optional*): arms of other questions that the figure of rewards shows.
+    """
+
     number: int
     title: str
     comparisons: tuple[Comparison, ...]
     note: str = ""
+    less_compute_than: str | None = None
+    shown_beside: tuple[str, ...] = ()
 
     @property
     def arms(self) -> list[str]:
@@ -222,6 +232,8 @@ QUESTIONS = (
             Comparison("direct-align", "refl", "Direct-Align beats ReFL"),
             Comparison("direct-align", "draft", "Direct-Align beats DRaFT"),
         ),
+        less_compute_than="grpo-on-clip",
+        shown_beside=("relative",),
     ),
     Question(
         7,

@@ -22,6 +22,7 @@ python examples/miniature/page.py --check    # status 1 where the page does not 
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -36,6 +37,7 @@ from run import BASE, RESULTS, Run, read, style, tuned
 
 DOCS = Path(__file__).parents[2] / "docs"
 BEGIN, END = "<!-- made by examples/miniature/page.py ({}) -->", "<!-- end -->"
+TRAINED, JUDGED = "shapes-clip", "attribute_share"
 CONFIDENCE = 0.95
 POWER = 0.8
 
@@ -151,15 +153,68 @@ def arms_table(results: Results, question: Question) -> list[str]:
     return lines
 
 
+def reached(points: list[tuple[float, float]], level: float) -> float | None:
+    """
+    Where a curve of (place, value) first rises to the level, linear between points; `None` where it never does.
+
+    By hand: from (0, 1) to (10, 3), the level 2 is reached at 5.
+    """
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if y0 < level <= y1:
+            return x0 + (x1 - x0) * (level - y0) / (y1 - y0)
+    return None
+
+
+def compute_table(results: Results, question: Question) -> list[str]:
+    """
+    How many times less rows and seconds each arm takes to the score at which `less_compute_than` ends with the same seed:
+    the geometric mean over the seeds that get there, with its interval by Student's distribution of the logarithms.
+    """
+    against = question.less_compute_than
+    if against is None or not results.has(against):
+        return []
+    measure = ARMS[against].measure
+    lines = [
+        f"| arm | seeds that reach the end of `{against}` | times fewer rows | times fewer seconds |",
+        "|---|---|---|---|",
+    ]
+    for name in question.arms:
+        if name == against or not results.has(name):
+            continue
+        ratios = []
+        for seed, run in results.runs(name).items():
+            other = results.runs(against)[seed]
+            level = other["curve"][-1][measure]
+            places = [
+                [reached([(0, results.base["curve"][measure]), *((p[unit], p[measure]) for p in r["curve"])], level)
+                 for unit in ("rows", "seconds")]
+                for r in (other, run)
+            ]  # fmt: skip
+            if None not in places[0] and None not in places[1]:
+                ratios.append(np.divide(*places))
+        told = ["", ""]
+        if len(ratios) > 1:
+            told = []
+            for column in np.log(ratios).T:
+                mean, half, _ = student(column)
+                told.append(f"{math.exp(mean):.1f} ({math.exp(mean - half):.1f} to {math.exp(mean + half):.1f})")
+        lines.append(f"| `{name}` | {len(ratios)} of {results.seeds} | {told[0]} | {told[1]} |")
+    return lines
+
+
 def plot(results: Results, question: Question, path: Path) -> None:
-    """The held-out measure over rows, the paired differences with their intervals, and of style what it costs."""
+    """The held-out measure over rows, the paired differences with their intervals, and what was paid or cheated for it."""
     from matplotlib.figure import Figure
 
-    has_style = any(ARMS[name].measure == "style" for name in question.arms)
-    figure = Figure(figsize=(13 if has_style else 9, 4.2), layout="constrained")
-    left, right, *cost = figure.subplots(1, 3 if has_style else 2)
-    for axes in cost:
-        plot_cost(axes, results, question)
+    third = None
+    if any(ARMS[name].measure == "style" for name in question.arms):
+        third = plot_cost
+    elif question.less_compute_than is not None:
+        third = plot_reward_and_judge
+    figure = Figure(figsize=(9 if third is None else 13, 4.2), layout="constrained")
+    left, right, *more = figure.subplots(1, 2 if third is None else 3)
+    for axes in more:
+        third(axes, results, question)
     for name in question.arms:
         if not results.has(name):
             continue
@@ -221,6 +276,23 @@ def plot_cost(axes, results: Results, question: Question) -> None:
     axes.grid(alpha=0.3)
 
 
+def plot_reward_and_judge(axes, results: Results, question: Question) -> None:
+    """
+    What the judge says over what the trained reward says, as a run goes on. The line leads from the base to freshly drawn
+    pictures; a curve below it has more of the reward than of what the reward stands for.
+    """
+    ends = [(results.base[key][TRAINED], 100 * results.base[key][JUDGED]) for key in ("curve", "reference")]
+    axes.plot(*np.transpose(ends), color="black", linewidth=0.8, linestyle="--", label="to freshly drawn pictures")
+    for name in (*filter(results.has, question.arms), *filter(results.has, question.shown_beside)):
+        curves = [[(p[TRAINED], 100 * p[JUDGED]) for p in run["curve"]] for run in results.runs(name).values()]
+        points = np.concatenate([ends[:1], np.mean(curves, 0)])
+        axes.plot(*points.T, marker="o", markersize=3, label=name)
+    axes.set_xlabel(f"{TRAINED}, the trained reward, held out")
+    axes.set_ylabel("the judge: right attributes, points")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+
+
 def page(results: Results) -> dict[str, str]:
     """The parts of the page that are made: the claims, and the questions."""
     finished = [name for name in ARMS if results.has(name)]
@@ -233,9 +305,11 @@ def page(results: Results) -> dict[str, str]:
     sections = []
     for question in QUESTIONS:
         if results.compared(question):
+            compute = compute_table(results, question)
             sections += [
                 f"### {question.number}. {question.title}", "", *([question.note, ""] if question.note else []),
-                *arms_table(results, question), "", f"![{question.title}](images/miniature_{question.number}.png)", "",
+                *arms_table(results, question), "", *compute, *([""] if compute else []),
+                f"![{question.title}](images/miniature_{question.number}.png)", "",
             ]  # fmt: skip
     return {"claims": "\n".join([*claims(results), "", told]), "questions": "\n".join(sections).strip()}
 

@@ -245,6 +245,52 @@ def test_what_style_costs_is_drawn_from_the_kept_results():
             )
 
 
+def write_curves(folder, name, curves):
+    """One file a seed, with the (rows, seconds, judged, trained reward) of its curve; those of the tuning seeds besides."""
+    rates = miniature.ARMS[name].learning_rates
+    runs = [(rate, seed, curves[0]) for rate in rates for seed in miniature.TUNING_SEEDS]
+    for rate, seed, curve in [*runs, *((rates[0], seed, curve) for seed, curve in enumerate(curves))]:
+        keys = ("rows", "seconds", page.JUDGED, page.TRAINED)
+        points = [dict(zip(keys, point, strict=True)) for point in curve]
+        path = folder / runner.Run(name, rate, seed).path
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"curve": points, "held_out": points[-1], "hybrids": {}}))
+
+
+def test_how_many_times_less_compute_is_told_from_where_curves_cross(tmp_path):
+    """
+    By hand, from a base of 0.5. GRPO ends at 0.7 after 200 rows and 100 s with both seeds. The first seed of the other is
+    there in the middle of its first 100 rows and 10 s, the second at the end of them: 4 and 2 times fewer rows, 20 and 10
+    times fewer seconds. In logarithms the mean is that of sqrt(8) and sqrt(200), and the two lie half of ln 2 from it, so
+    that the interval is 12.7062 / sqrt(2) of sqrt(2) ln(2) / 2 wide on each side.
+    """
+    (question,) = (question for question in miniature.QUESTIONS if question.number == 6)
+    level = {"attribute_share": 0.5, "shapes-clip": 0.4}
+    drawn = {"attribute_share": 1.0, "shapes-clip": 0.9}
+    (tmp_path / "base.json").write_text(json.dumps({"held_out": level, "curve": level, "reference": drawn}))
+    write_curves(tmp_path, "grpo-on-clip", [[(100, 50, 0.6, 0.5), (200, 100, 0.7, 0.6)]] * 2)
+    write_curves(tmp_path, "direct-align", [[(100, 10, 0.9, 0.7)], [(100, 10, 0.7, 0.8)]])
+    write_curves(tmp_path, "refl", [[(100, 10, 0.6, 0.7)], [(100, 10, 0.8, 0.8)]])
+    found = page.Results(tmp_path, 2)
+    wide = np.exp(12.7062 * np.log(2) / 2)
+    rows, seconds = (f"{x:.1f} ({x / wide:.1f} to {x * wide:.1f})" for x in (8**0.5, 200**0.5))
+    assert page.compute_table(found, question)[2:] == [
+        "| `refl` | 1 of 2 |  |  |",
+        f"| `direct-align` | 2 of 2 | {rows} | {seconds} |",
+    ]
+    axes = Figure().subplots()
+    page.plot_reward_and_judge(axes, found, question)
+    lines = {line.get_label(): line.get_xydata() for line in axes.get_lines()}
+    assert lines["direct-align"] == pytest.approx(np.array([[0.4, 50], [0.75, 80]]))
+    assert lines["to freshly drawn pictures"] == pytest.approx(np.array([[0.4, 50], [0.9, 100]]))
+
+
+def test_a_curve_that_never_rises_to_a_level_has_no_place():
+    assert page.reached([(0, 1.0), (10, 3.0), (20, 2.0)], 2.0) == 5
+    assert page.reached([(0, 1.0), (10, 3.0), (20, 2.0)], 3.5) is None
+    assert page.reached([(0, 1.0), (10, 3.0)], 0.5) is None
+
+
 def test_a_comparison_of_another_measure_says_so():
     labels = [page.label(comparison) for question in miniature.QUESTIONS for comparison in question.comparisons]
     assert len(set(labels)) == len(labels) and "relative\n- low-noise\n(attribute_share)" in labels
