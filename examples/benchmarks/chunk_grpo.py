@@ -48,6 +48,7 @@ from comparison import (
     parser,
     pipeline,
     settings_of_a_run,
+    speedups,
     synchronize,
 )
 from datasets import Dataset
@@ -152,9 +153,10 @@ def table(arguments: argparse.Namespace, rounds: dict[str, list[dict[str, Any]]]
         "rollout", "update", "decode and reward", "overhead", "GiB",
     ]  # fmt: skip
     rows, seconds = [], all_steps(rounds)
-    median = {way: statistics.median(values) for way, values in seconds.items()}
+    times = speedups(rounds, "nothing shared") if "nothing shared" in rounds else {}
     for way, results in rounds.items():
-        speeds = [arguments.images / value for value in (median[way], max(seconds[way]), min(seconds[way]))]
+        median = statistics.median(seconds[way])
+        speeds = [arguments.images / value for value in (median, max(seconds[way]), min(seconds[way]))]
         share = {
             name: statistics.median(result[name] / result["total"] for result in results)
             for name in (*PHASES, "overhead")
@@ -164,7 +166,7 @@ def table(arguments: argparse.Namespace, rounds: dict[str, list[dict[str, Any]]]
         rows.append([
             way,
             f"{speeds[0]:.2f} ({speeds[1]:.2f} to {speeds[2]:.2f})",
-            f"{median['nothing shared'] / median[way]:.2f}" if "nothing shared" in median else "",
+            f"{times[way]:.2f}" if times else "",
             f"{statistics.mean(result['forwards_per_image'] for result in results):.2f}",
             f"{share['forward of rollout']:.0%}",
             f"{share['forward of update'] + share['backward']:.0%}",

@@ -174,6 +174,18 @@ def all_steps(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, list[float]]
     return {way: [seconds for result in results for seconds in result["steps"]] for way, results in rounds.items()}
 
 
+def speedups(rounds: dict[str, list[dict[str, Any]]], against: str) -> dict[str, float]:
+    """
+    How many times as fast as `against` each way is: the median over the steps of all rounds, each divided by the same step
+    of the same round. Steps can differ by what is drawn for them, which is the same in all ways.
+    """
+    seconds = all_steps(rounds)
+    return {
+        way: statistics.median(other / own for other, own in zip(seconds[against], values, strict=True))
+        for way, values in seconds.items()
+    }
+
+
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     header = list(header)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))

@@ -46,6 +46,7 @@ from comparison import (
     parser,
     pipeline,
     settings_of_a_run,
+    speedups,
 )
 from datasets import Dataset
 from transformers import CLIPModel
@@ -121,14 +122,14 @@ def table(arguments: argparse.Namespace, rounds: dict[str, list[dict[str, Any]]]
         "way", "seconds a step: median (least to most)", f'times "{first}"', "rollout", "decode and reward", "update",
         "rest", "peak, GiB",
     ]  # fmt: skip
-    rows, seconds = [], all_steps(rounds)
+    rows, seconds, times = [], all_steps(rounds), speedups(rounds, first)
     for way, results in rounds.items():
         median, total = statistics.median(seconds[way]), statistics.mean(seconds[way])
         share = {phase: statistics.mean(result[phase] for result in results) / total for phase in PHASES}
         rows.append([
             way,
             f"{median:.2f} ({min(seconds[way]):.2f} to {max(seconds[way]):.2f})",
-            f"{statistics.median(seconds[first]) / median:.2f}",
+            f"{times[way]:.2f}",
             f"{share['rollout']:.0%}",
             f"{share['decode'] + share['reward']:.0%}",
             f"{share['update']:.0%}",

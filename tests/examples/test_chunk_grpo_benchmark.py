@@ -21,6 +21,7 @@ from datasets import Dataset
 from tiny_models import tiny_flux_pipeline
 
 from examples.benchmarks.chunk_grpo import COUNTED, PHASES, TimedTrainer, measure, table
+from examples.benchmarks.comparison import speedups
 from trl_diffusion import ChunkGRPOConfig
 
 
@@ -38,6 +39,12 @@ def test_every_phase_is_counted(tmp_path):
     trainer.train()
     assert trainer.seconds.keys() == set(COUNTED)
     assert all(seconds > 0 for seconds in trainer.seconds.values())
+
+
+def test_ways_are_compared_step_by_step():
+    """By hand: 8 / 2, 80 / 40 and 80 / 10, of which 4 is the median; that of the medians, 80 and 10, would be 8."""
+    rounds = {"slow": [{"steps": [8.0, 80.0]}, {"steps": [80.0]}], "fast": [{"steps": [2.0, 40.0]}, {"steps": [10.0]}]}
+    assert speedups(rounds, "slow") == {"slow": 1, "fast": 4}
 
 
 def test_a_row_for_each_way():
