@@ -16,6 +16,7 @@
 
 import io
 import json
+import re
 import struct
 
 import numpy as np
@@ -546,6 +547,23 @@ class TestAdapter:
         trainer.save_model()
         card = ModelCard.load(home / "README.md")
         assert card.data.license == "mit" and card.data.datasets == ["alice/prompts"] and "red" in card.data.tags
+
+    @pytest.mark.parametrize(
+        ("settings", "numbers"),
+        [
+            ({}, set()),
+            ({"train_window": 2}, {"2507.21802"}),
+            ({"trust_region": "kl"}, {"2606.11025"}),
+            ({"train_window": 2, "trust_region": "guard"}, {"2507.21802", "2510.22319"}),
+        ],
+    )
+    def test_the_card_cites_the_methods_that_were_used(self, make_trainer, tmp_path, settings, numbers):
+        trainer = make_trainer(**{"chunk_sizes": None if "train_window" in settings else [2, 3], **settings})
+        trainer.create_model_card()
+        cited = re.findall(
+            r"arXiv preprint arXiv:([\d.]+)", (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+        )
+        assert len(cited) == len(set(cited)) and set(cited) - {"2510.21583", "2505.07818", "2505.05470"} == numbers
 
     def test_hybrid_sampling_lies_between(self, make_trainer):
         trainer = make_trainer()

@@ -65,6 +65,36 @@ PAPERS = {
     journal = {arXiv preprint arXiv:2505.05470}
 }""",
     ),
+    "mix_grpo": (
+        "2507.21802",
+        "MixGRPO: Unlocking Flow-based GRPO Efficiency with Mixed ODE-SDE",
+        """@article{li2025mixgrpo,
+    title   = {{MixGRPO: Unlocking Flow-based GRPO Efficiency with Mixed ODE-SDE}},
+    author  = {Junzhe Li and Yutao Cui and Tao Huang and Yinping Ma and Chun Fan and Miles Yang and Zhao Zhong},
+    year    = {2025},
+    journal = {arXiv preprint arXiv:2507.21802}
+}""",
+    ),
+    "grpo_guard": (
+        "2510.22319",
+        "GRPO-Guard: Mitigating Implicit Over-Optimization in Flow Matching via Regulated Clipping",
+        """@article{wang2025grpoguard,
+    title   = {{GRPO-Guard: Mitigating Implicit Over-Optimization in Flow Matching via Regulated Clipping}},
+    author  = {Jing Wang and Jiajun Liang and Jie Liu and Henglin Liu and Gongye Liu and Jun Zheng and Wanyuan Pang and Ao Ma and Zhenyu Xie and Xintao Wang and Meng Wang and Pengfei Wan and Xiaodan Liang},
+    year    = {2025},
+    journal = {arXiv preprint arXiv:2510.22319}
+}""",
+    ),
+    "flow_dppo": (
+        "2606.11025",
+        "Flow-DPPO: Divergence Proximal Policy Optimization for Flow Matching Models",
+        """@article{ping2026flowdppo,
+    title   = {{Flow-DPPO: Divergence Proximal Policy Optimization for Flow Matching Models}},
+    author  = {Bowen Ping and Xiangxin Zhou and Penghui Qi and Minnan Luo and Liefeng Bo and Tianyu Pang},
+    year    = {2026},
+    journal = {arXiv preprint arXiv:2606.11025}
+}""",
+    ),
     "diffusion_nft": (
         "2509.16117",
         "DiffusionNFT: Online Diffusion Reinforcement with Forward Process",

@@ -142,7 +142,6 @@ class ChunkGRPOTrainer(OnlineTrainer):
     """
 
     method_name = "Chunk-GRPO"
-    papers = ("chunk_grpo", "dance_grpo", "flow_grpo")
     config_class = ChunkGRPOConfig
     generation_class = MicroBatch
     _state_within_step = ("_images_trained", "_micro_batches", "chunk_sizes")
@@ -171,6 +170,15 @@ class ChunkGRPOTrainer(OnlineTrainer):
         self._sigmas_on_device = self.sigmas.to(device)
         self._step_lengths = (self.sigmas[:-1] - self.sigmas[1:]).tolist()
         self.chunk_sizes = None if args.chunk_sizes == "temporal" else args.chunk_sizes
+
+    @property
+    def papers(self) -> tuple[str, ...]:
+        used = {
+            "mix_grpo": self.args.train_window is not None,
+            "grpo_guard": self.args.trust_region == "guard",
+            "flow_dppo": self.args.trust_region == "kl",
+        }
+        return ("chunk_grpo", "dance_grpo", "flow_grpo", *(paper for paper, is_used in used.items() if is_used))
 
     def _needs_copy_of_reference(self) -> bool:
         return self.args.beta > 0 and not self.has_adapter
