@@ -287,9 +287,9 @@ class ChunkGRPOTrainer(OnlineTrainer):
         latents = torch.cat([micro_batch.states[i] for i in steps])
         following = torch.cat([micro_batch.states[i + 1] for i in steps])
         index = torch.tensor(steps, device=latents.device).repeat_interleave(m)
-        distinct, places = (torch.tensor(rows, device=latents.device) for rows in self._inputs(micro_batch, steps))
-        conditioning = self.conditioning.get(micro_batch.prompts)
-        conditioning = {name: tensor[distinct % m] for name, tensor in conditioning.items()}
+        rows, places = self._inputs(micro_batch, steps)
+        conditioning = self.conditioning.get([micro_batch.prompts[row % m] for row in rows])
+        distinct, places = (torch.tensor(numbers, device=latents.device) for numbers in (rows, places))
         velocity = self.velocity(model, latents[distinct], self._sigmas_on_device[index[distinct]], conditioning)
         velocity = velocity[places]  # adds up the gradients of a group
         coefficients = self._transitions_on_device.rows(index, latents.ndim)
