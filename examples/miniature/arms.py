@@ -133,14 +133,15 @@ ARMS: dict[str, Arm] = {
     # Added when the first three arms were run: the noisier half of the steps alone, in every generation
     "noisy-steps": grpo(**NOISY_STEP),
     "noisy-chunk": grpo(**NOISY_CHUNK),
-    # Several updates a generation, of the same steps with the same weights: what differs is the ratio that is bounded
+    # Several updates a generation, of the same steps with the same weights: what differs is the ratio that is bounded.
+    # In the second update each bound acts on some of the ratios of steps: clip on 10 %, kl on 6 %, guard on 18 %.
     **{
         f"{layout}-{bound}-{updates}": grpo(steps_per_generation=updates, **chunks, **bounds)
         for updates in (2, 4)
         for bound, bounds in (
-            ("clip", {"epsilon": 5e-5}),
-            ("kl", {"trust_region": "kl", "kl_threshold": 1e-5}),
-            ("guard", {"trust_region": "guard", "epsilon": 2e-6}),
+            ("clip", {"epsilon": 2e-5}),
+            ("kl", {"trust_region": "kl", "kl_threshold": 5e-7}),
+            ("guard", {"trust_region": "guard", "epsilon": 1e-5}),
         )
         for layout, chunks in (("step", NOISY_STEP), ("chunk", NOISY_CHUNK))
     },
