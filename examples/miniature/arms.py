@@ -233,6 +233,8 @@ QUESTIONS = (
             Comparison("direct-align", "refl", "Direct-Align beats ReFL"),
             Comparison("direct-align", "draft", "Direct-Align beats DRaFT"),
         ),
+        "The judge beside the line: points above the straight line from the base to freshly drawn pictures, at the reward that a "
+        "run ends with; below 0, a run has more of the reward than of what it stands for.",
         less_compute_than="grpo-on-clip",
         shown_beside=("relative",),
     ),

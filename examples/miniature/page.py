@@ -168,18 +168,22 @@ def reached(points: list[tuple[float, float]], level: float) -> float | None:
 def compute_table(results: Results, question: Question) -> list[str]:
     """
     How many times less rows and seconds each arm takes to the score at which `less_compute_than` ends with the same seed:
-    the geometric mean over the seeds that get there, with its interval by Student's distribution of the logarithms.
+    the geometric mean over the seeds that get there, with its interval by Student's distribution of the logarithms. And how
+    much more the judge sees at the end than the trained reward says, see [`beside_the_line`].
     """
     against = question.less_compute_than
     if against is None or not results.has(against):
         return []
     measure = ARMS[against].measure
     lines = [
-        f"| arm | seeds that reach the end of `{against}` | times fewer rows | times fewer seconds |",
-        "|---|---|---|---|",
+        f"| arm | seeds that reach the end of `{against}` | times fewer rows | times fewer seconds | judge beside the line |",
+        "|---|---|---|---|---|",
     ]
-    for name in question.arms:
-        if name == against or not results.has(name):
+    for name in filter(results.has, question.arms):
+        mean, half, _ = student(np.array([beside_the_line(results.base, run) for run in results.runs(name).values()]))
+        beside = f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
+        if name == against:
+            lines.append(f"| `{name}` | | | | {beside} |")
             continue
         ratios = []
         for seed, run in results.runs(name).items():
@@ -198,8 +202,19 @@ def compute_table(results: Results, question: Question) -> list[str]:
             for column in np.log(ratios).T:
                 mean, half, _ = student(column)
                 told.append(f"{math.exp(mean):.1f} ({math.exp(mean - half):.1f} to {math.exp(mean + half):.1f})")
-        lines.append(f"| `{name}` | {len(ratios)} of {results.seeds} | {told[0]} | {told[1]} |")
+        lines.append(f"| `{name}` | {len(ratios)} of {results.seeds} | {told[0]} | {told[1]} | {beside} |")
     return lines
+
+
+def beside_the_line(base: dict, run: dict) -> float:
+    """
+    Points of the judge above the line that leads from the base to freshly drawn pictures, at the trained reward of a run's end.
+    Below 0, the run has more of the reward than of what the reward stands for.
+    """
+    (x0, y0), (x1, y1), (x, y) = (
+        (held_out[TRAINED], held_out[JUDGED]) for held_out in (base["held_out"], base["reference"], run["held_out"])
+    )
+    return 100 * (y - y0 - (y1 - y0) * (x - x0) / (x1 - x0))
 
 
 def plot(results: Results, question: Question, path: Path) -> None:

@@ -257,6 +257,12 @@ def write_curves(folder, name, curves):
         path.write_text(json.dumps({"curve": points, "held_out": points[-1], "hybrids": {}}))
 
 
+def around(first, second):
+    """The mean of two seeds, with its interval."""
+    mean, half = (first + second) / 2, 12.7062 * abs(first - second) / 2
+    return f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
+
+
 def test_how_many_times_less_compute_is_told_from_where_curves_cross(tmp_path):
     """
     By hand, from a base of 0.5. GRPO ends at 0.7 after 200 rows and 100 s with both seeds. The first seed of the other is
@@ -274,9 +280,11 @@ def test_how_many_times_less_compute_is_told_from_where_curves_cross(tmp_path):
     found = page.Results(tmp_path, 2)
     wide = np.exp(12.7062 * np.log(2) / 2)
     rows, seconds = (f"{x:.1f} ({x / wide:.1f} to {x * wide:.1f})" for x in (8**0.5, 200**0.5))
+    # The line rises by one point of the judge a hundredth of the reward.
     assert page.compute_table(found, question)[2:] == [
-        "| `refl` | 1 of 2 |  |  |",
-        f"| `direct-align` | 2 of 2 | {rows} | {seconds} |",
+        "| `grpo-on-clip` | | | | +0.0 (+0.0 to +0.0) |",
+        f"| `refl` | 1 of 2 |  |  | {around(-20, -10)} |",
+        f"| `direct-align` | 2 of 2 | {rows} | {seconds} | {around(10, -20)} |",
     ]
     axes = Figure().subplots()
     page.plot_reward_and_judge(axes, found, question)
