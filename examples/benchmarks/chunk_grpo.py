@@ -47,11 +47,11 @@ from comparison import (
     markdown,
     parser,
     pipeline,
+    prompts,
     settings_of_a_run,
     speedups,
     synchronize,
 )
-from datasets import Dataset
 
 from trl_diffusion import ChunkGRPOConfig, ChunkGRPOTrainer, shapes
 
@@ -103,8 +103,8 @@ def brightness(images, prompts, **columns):
     return [float(sum(image.resize((1, 1)).getpixel((0, 0)))) for image in images]
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The steps of a run in one of the ways, and the medians of their phases, in seconds."""
+def make_trainer(arguments: argparse.Namespace, folder: str, trainer_class=ChunkGRPOTrainer) -> ChunkGRPOTrainer:
+    """Of one of the ways."""
     one_by_one = arguments.way == "one at a time"
     batch_size = 1 if one_by_one else arguments.batch_size
     settings = {
@@ -122,15 +122,21 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         settings |= {"chunk_sizes": [2, 3], "chunk_sampling": [0]}
     if "overlap_rewards" in settings:  # there must be a next batch
         settings["rollout_batch_size"] = max(1, (arguments.rollout_batch_size or batch_size) // 4)
+    trainer = trainer_class(
+        model=pipeline(arguments),
+        reward_funcs=shapes.attribute_share if arguments.model == "shapes" else brightness,
+        args=ChunkGRPOConfig(output_dir=folder, **settings_of_a_run(arguments), **settings),
+        train_dataset=prompts(arguments),
+        peft_config=lora(),
+    )
+    trainer._computes_common_once = arguments.way not in ("one at a time", "nothing shared")
+    return trainer
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The steps of a run in one of the ways, and the medians of their phases, in seconds."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = TimedTrainer(
-            model=pipeline(arguments),
-            reward_funcs=shapes.attribute_share if arguments.model == "shapes" else brightness,
-            args=ChunkGRPOConfig(output_dir=folder, **settings_of_a_run(arguments), **settings),
-            train_dataset=Dataset.from_dict({"prompt": shapes.load_dataset("train")["prompt"]}),
-            peft_config=lora(),
-        )
-        trainer._computes_common_once = arguments.way not in ("one at a time", "nothing shared")
+        trainer = make_trainer(arguments, folder, TimedTrainer)
         times = StepTimes(trainer.args.device, trainer.seconds)
         trainer.add_callback(times)
         trainer.train()
@@ -177,7 +183,7 @@ def table(arguments: argparse.Namespace, rounds: dict[str, list[dict[str, Any]]]
     return markdown(header, rows)
 
 
-def main() -> None:
+def options() -> argparse.ArgumentParser:
     options = parser(__doc__, WAYS)
     options.add_argument(
         "--chunk_sizes", nargs="+", default=None, help="by default [2, 3] at T = 6, at 17 the paper's"
@@ -187,8 +193,16 @@ def main() -> None:
     options.add_argument("--activation_checkpointing", action="store_true")
     options.add_argument("--num_generations", type=int, default=8)
     options.add_argument("--rollout_batch_size", type=int, default=None)
-    arguments = options.parse_args()
-    compare(arguments, 48 if arguments.model == "shapes" else 8, measure, table)
+    return options
+
+
+def images_of_a_step(model: str) -> int:
+    return 48 if model == "shapes" else 8
+
+
+def main() -> None:
+    arguments = options().parse_args()
+    compare(arguments, images_of_a_step(arguments.model), measure, table)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import transformers
+from datasets import Dataset
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from peft import LoraConfig
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, TrainerCallback
@@ -133,6 +134,11 @@ def pipeline(arguments: argparse.Namespace) -> str | FluxPipeline:
     return "shapes" if arguments.model == "shapes" else random_flux(arguments.model, DTYPES[arguments.dtype])
 
 
+def prompts(arguments: argparse.Namespace) -> Dataset:
+    """Those of the built-in world, so often that every step, also at the end of an epoch, has as many images."""
+    return Dataset.from_dict({"prompt": list(shapes.load_dataset("train")["prompt"]) * arguments.images})
+
+
 def lora() -> LoraConfig:
     return LoraConfig(r=16, lora_alpha=16, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
 
@@ -211,6 +217,14 @@ def parser(description: str, ways: Iterable[str]) -> argparse.ArgumentParser:
     return parser
 
 
+def set_sizes(arguments: argparse.Namespace, images: int) -> None:
+    """Give the sizes that were not given the defaults of the model; `images` are those of a step."""
+    arguments.height = arguments.height or SIDES[arguments.model]
+    arguments.width = arguments.width or arguments.height
+    arguments.images = arguments.images or images
+    arguments.batch_size = arguments.batch_size or arguments.images
+
+
 def compare(
     arguments: argparse.Namespace,
     images: int,
@@ -226,10 +240,7 @@ def compare(
         measure (`Callable`): gives `steps`, the seconds of each step of a run, and what else `table` needs.
         table (`Callable`): makes a table of the runs by way.
     """
-    arguments.height = arguments.height or SIDES[arguments.model]
-    arguments.width = arguments.width or arguments.height
-    arguments.images = arguments.images or images
-    arguments.batch_size = arguments.batch_size or arguments.images
+    set_sizes(arguments, images)
     transformers.logging.set_verbosity_error()
     if arguments.way is not None:
         print(json.dumps(measure(arguments)))

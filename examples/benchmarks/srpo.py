@@ -45,10 +45,10 @@ from comparison import (
     markdown,
     parser,
     pipeline,
+    prompts,
     settings_of_a_run,
     speedups,
 )
-from datasets import Dataset
 from transformers import CLIPModel
 
 from trl_diffusion import SRPOConfig, SRPOTrainer, shapes
@@ -94,8 +94,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     way = WAYS[arguments.way]
     reward = load_reward("shapes-clip") if arguments.reward == "shapes-clip" else RandomHPSv2(DTYPES[arguments.dtype])
     batch_size = 1 if way["one_by_one"] else arguments.batch_size
-    prompts = shapes.load_dataset("train")["prompt"]
-    prompts = prompts[: len(prompts) // arguments.images * arguments.images]  # no step at the end of an epoch is short
     with tempfile.TemporaryDirectory() as folder:
         config = SRPOConfig(
             output_dir=folder, per_device_train_batch_size=batch_size, rollout_batch_size=batch_size,
@@ -106,7 +104,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             model=pipeline(arguments),
             reward_funcs=TwoCalls(reward) if way["two_calls"] else reward,
             args=config,
-            train_dataset=Dataset.from_dict({"prompt": prompts}),
+            train_dataset=prompts(arguments),
             peft_config=lora(),
         )
         times = StepTimes(trainer.args.device)

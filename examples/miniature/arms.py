@@ -70,15 +70,16 @@ class Question:
     Args:
         number (`int`), title (`str`), comparisons (`tuple[Comparison, ...]`): what is asked.
         note (`str`, *optional*): what is said before the table of the arms.
-        less_compute_than (`str`, *optional*): the arm to whose score the others' compute is told.
-        shown_beside (`tuple[str, ...]`, *optional*): arms of other questions that the figure of rewards shows.
+        same_reward_as (`str`, *optional*): all arms train the reward of this one; what compute they need to its score is
+            told, and the figure shows the reward.
+        shown_beside (`tuple[str, ...]`, *optional*): arms of other questions in that figure.
     """
 
     number: int
     title: str
     comparisons: tuple[Comparison, ...]
     note: str = ""
-    less_compute_than: str | None = None
+    same_reward_as: str | None = None
     shown_beside: tuple[str, ...] = ()
 
     @property
@@ -134,7 +135,7 @@ ARMS: dict[str, Arm] = {
     "noisy-steps": grpo(**NOISY_STEP),
     "noisy-chunk": grpo(**NOISY_CHUNK),
     # Several updates a generation, of the same steps with the same weights: what differs is the ratio that is bounded.
-    # In the second update each bound acts on some of the ratios of steps: clip on 10 %, kl on 6 %, guard on 18 %.
+    # The bounds are such that each acts (docs/miniature.md, Protocol).
     **{
         f"{layout}-{bound}-{updates}": grpo(steps_per_generation=updates, **chunks, **bounds)
         for updates in (2, 4)
@@ -235,7 +236,7 @@ QUESTIONS = (
         ),
         "The judge beside the line: points above the straight line from the base to freshly drawn pictures, at the reward that a "
         "run ends with; below 0, a run has more of the reward than of what it stands for.",
-        less_compute_than="grpo-on-clip",
+        same_reward_as="grpo-on-clip",
         shown_beside=("relative",),
     ),
     Question(

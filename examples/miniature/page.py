@@ -37,7 +37,6 @@ from run import BASE, RESULTS, Run, read, style, tuned
 
 DOCS = Path(__file__).parents[2] / "docs"
 BEGIN, END = "<!-- made by examples/miniature/page.py ({}) -->", "<!-- end -->"
-TRAINED, JUDGED = "shapes-clip", "attribute_share"
 CONFIDENCE = 0.95
 POWER = 0.8
 
@@ -116,6 +115,12 @@ def verdict(differences: np.ndarray) -> str:
     return "holds here" if mean > 0 else "**contradicted here**"
 
 
+def signed(values: np.ndarray) -> str:
+    """The mean with its interval."""
+    mean, half, _ = student(values)
+    return f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
+
+
 def claims(results: Results) -> list[str]:
     lines = ["| claim | difference in points | verdict |", "|---|---|---|"]
     for question in QUESTIONS:
@@ -123,11 +128,7 @@ def claims(results: Results) -> list[str]:
         compared = results.compared(question)
         for comparison in compared:
             differences = results.difference(comparison)
-            mean, half, _ = student(differences)
-            lines.append(
-                f"| {comparison.claim} | {mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f}) | "
-                f"{verdict(differences)} |"
-            )
+            lines.append(f"| {comparison.claim} | {signed(differences)} | {verdict(differences)} |")
         lines += [f"| {c.claim} | | not run yet |" for c in question.comparisons if c not in compared]
     return lines
 
@@ -141,14 +142,13 @@ def arms_table(results: Results, question: Question) -> list[str]:
         if not results.has(name):
             continue
         runs = list(results.runs(name).values())
-        mean, half, _ = student(np.array(list(results.values(name).values())))
-        gain = mean - results.value(results.base, ARMS[name], None)
+        values = np.array(list(results.values(name).values()))
+        gains = values - results.value(results.base, ARMS[name], None)
         steps, seconds = (np.mean([run[key] for run in runs]) for key in ("steps", "seconds"))
         rates = ARMS[name].learning_rates
         edge = ", the edge of what was tried" if results.rates[name] in (rates[0], rates[-1]) else ""
         lines.append(
-            f"| `{name}` | {results.rates[name]:g}{edge} | {mean:.1f} | {gain:+.1f} ({gain - half:+.1f} to {gain + half:+.1f}) | "
-            f"{steps:.0f} | {seconds:.0f} |"
+            f"| `{name}` | {results.rates[name]:g}{edge} | {values.mean():.1f} | {signed(gains)} | {steps:.0f} | {seconds:.0f} |"
         )
     return lines
 
@@ -165,56 +165,67 @@ def reached(points: list[tuple[float, float]], level: float) -> float | None:
     return None
 
 
-def compute_table(results: Results, question: Question) -> list[str]:
+def times_less(results: Results, name: str, against: str, unit: str) -> np.ndarray:
     """
-    How many times less rows and seconds each arm takes to the score at which `less_compute_than` ends with the same seed:
-    the geometric mean over the seeds that get there, with its interval by Student's distribution of the logarithms. And how
-    much more the judge sees at the end than the trained reward says, see [`beside_the_line`].
+    How many times less of `unit` an arm takes to the score at which `against` ends with the same seed; of the seeds with which
+    both curves get there.
     """
-    against = question.less_compute_than
+    measure = ARMS[against].measure
+
+    def place(run: dict, level: float) -> float | None:
+        points = [(0, results.base["curve"][measure]), *((point[unit], point[measure]) for point in run["curve"])]
+        return reached(points, level)
+
+    others = results.runs(against)
+    found = []
+    for seed, run in results.runs(name).items():
+        level = others[seed]["curve"][-1][measure]
+        places = [place(others[seed], level), place(run, level)]
+        if None not in places:
+            found.append(places[0] / places[1])
+    return np.array(found)
+
+
+def beside_the_line(base: dict, run: dict, reward: str, measure: str) -> float:
+    """
+    Points of the measure above the line that leads from the base to freshly drawn pictures, at the reward of a run's end. Below
+    0, the run has more of the reward than of what the reward stands for.
+    """
+    (x0, y0), (x1, y1), (x, y) = (
+        (held_out[reward], held_out[measure]) for held_out in (base["held_out"], base["reference"], run["held_out"])
+    )
+    return 100 * (y - y0 - (y1 - y0) * (x - x0) / (x1 - x0))
+
+
+def reward_table(results: Results, question: Question) -> list[str]:
+    """
+    Of arms with one reward: how many times less compute each takes to the score of `same_reward_as`, the geometric mean over
+    seeds with its interval by Student's distribution of the logarithms, and how far its end is [`beside_the_line`].
+    """
+    against = question.same_reward_as
     if against is None or not results.has(against):
         return []
-    measure = ARMS[against].measure
     lines = [
         f"| arm | seeds that reach the end of `{against}` | times fewer rows | times fewer seconds | judge beside the line |",
         "|---|---|---|---|---|",
     ]
     for name in filter(results.has, question.arms):
-        mean, half, _ = student(np.array([beside_the_line(results.base, run) for run in results.runs(name).values()]))
-        beside = f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
-        if name == against:
-            lines.append(f"| `{name}` | | | | {beside} |")
-            continue
-        ratios = []
-        for seed, run in results.runs(name).items():
-            other = results.runs(against)[seed]
-            level = other["curve"][-1][measure]
-            places = [
-                [reached([(0, results.base["curve"][measure]), *((p[unit], p[measure]) for p in r["curve"])], level)
-                 for unit in ("rows", "seconds")]
-                for r in (other, run)
-            ]  # fmt: skip
-            if None not in places[0] and None not in places[1]:
-                ratios.append(np.divide(*places))
-        told = ["", ""]
-        if len(ratios) > 1:
-            told = []
-            for column in np.log(ratios).T:
-                mean, half, _ = student(column)
-                told.append(f"{math.exp(mean):.1f} ({math.exp(mean - half):.1f} to {math.exp(mean + half):.1f})")
-        lines.append(f"| `{name}` | {len(ratios)} of {results.seeds} | {told[0]} | {told[1]} | {beside} |")
+        cells = [""] * 3
+        if name != against:
+            rows, seconds = (times_less(results, name, against, unit) for unit in ("rows", "seconds"))
+            cells = [f"{len(rows)} of {results.seeds}", geometric(rows), geometric(seconds)]
+        arm = ARMS[against]
+        beside = [beside_the_line(results.base, run, arm.reward, arm.measure) for run in results.runs(name).values()]
+        lines.append(f"| `{name}` | {' | '.join(cells)} | {signed(np.array(beside))} |")
     return lines
 
 
-def beside_the_line(base: dict, run: dict) -> float:
-    """
-    Points of the judge above the line that leads from the base to freshly drawn pictures, at the trained reward of a run's end.
-    Below 0, the run has more of the reward than of what the reward stands for.
-    """
-    (x0, y0), (x1, y1), (x, y) = (
-        (held_out[TRAINED], held_out[JUDGED]) for held_out in (base["held_out"], base["reference"], run["held_out"])
-    )
-    return 100 * (y - y0 - (y1 - y0) * (x - x0) / (x1 - x0))
+def geometric(ratios: np.ndarray) -> str:
+    """The geometric mean with its interval; nothing of a single ratio, or of none."""
+    if len(ratios) < 2:
+        return ""
+    mean, half, _ = student(np.log(ratios))
+    return f"{math.exp(mean):.1f} ({math.exp(mean - half):.1f} to {math.exp(mean + half):.1f})"
 
 
 def plot(results: Results, question: Question, path: Path) -> None:
@@ -224,8 +235,8 @@ def plot(results: Results, question: Question, path: Path) -> None:
     third = None
     if any(ARMS[name].measure == "style" for name in question.arms):
         third = plot_cost
-    elif question.less_compute_than is not None:
-        third = plot_reward_and_judge
+    elif question.same_reward_as is not None:
+        third = plot_reward
     figure = Figure(figsize=(9 if third is None else 13, 4.2), layout="constrained")
     left, right, *more = figure.subplots(1, 2 if third is None else 3)
     for axes in more:
@@ -291,18 +302,23 @@ def plot_cost(axes, results: Results, question: Question) -> None:
     axes.grid(alpha=0.3)
 
 
-def plot_reward_and_judge(axes, results: Results, question: Question) -> None:
+def plot_reward(axes, results: Results, question: Question) -> None:
     """
     What the judge says over what the trained reward says, as a run goes on. The line leads from the base to freshly drawn
     pictures; a curve below it has more of the reward than of what the reward stands for.
     """
-    ends = [(results.base[key][TRAINED], 100 * results.base[key][JUDGED]) for key in ("curve", "reference")]
+    arm = ARMS[question.same_reward_as]
+
+    def point(measures: dict[str, float]) -> tuple[float, float]:
+        return measures[arm.reward], 100 * measures[arm.measure]
+
+    ends = [point(results.base[key]) for key in ("curve", "reference")]
     axes.plot(*np.transpose(ends), color="black", linewidth=0.8, linestyle="--", label="to freshly drawn pictures")
     for name in (*filter(results.has, question.arms), *filter(results.has, question.shown_beside)):
-        curves = [[(p[TRAINED], 100 * p[JUDGED]) for p in run["curve"]] for run in results.runs(name).values()]
+        curves = [[point(measures) for measures in run["curve"]] for run in results.runs(name).values()]
         points = np.concatenate([ends[:1], np.mean(curves, 0)])
         axes.plot(*points.T, marker="o", markersize=3, label=name)
-    axes.set_xlabel(f"{TRAINED}, the trained reward, held out")
+    axes.set_xlabel(f"{arm.reward}, the trained reward, held out")
     axes.set_ylabel("the judge: right attributes, points")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
@@ -320,10 +336,10 @@ def page(results: Results) -> dict[str, str]:
     sections = []
     for question in QUESTIONS:
         if results.compared(question):
-            compute = compute_table(results, question)
+            rewards = reward_table(results, question)
             sections += [
                 f"### {question.number}. {question.title}", "", *([question.note, ""] if question.note else []),
-                *arms_table(results, question), "", *compute, *([""] if compute else []),
+                *arms_table(results, question), "", *rewards, *([""] if rewards else []),
                 f"![{question.title}](images/miniature_{question.number}.png)", "",
             ]  # fmt: skip
     return {"claims": "\n".join([*claims(results), "", told]), "questions": "\n".join(sections).strip()}

@@ -250,7 +250,7 @@ def write_curves(folder, name, curves):
     rates = miniature.ARMS[name].learning_rates
     runs = [(rate, seed, curves[0]) for rate in rates for seed in miniature.TUNING_SEEDS]
     for rate, seed, curve in [*runs, *((rates[0], seed, curve) for seed, curve in enumerate(curves))]:
-        keys = ("rows", "seconds", page.JUDGED, page.TRAINED)
+        keys = ("rows", "seconds", "attribute_share", "shapes-clip")
         points = [dict(zip(keys, point, strict=True)) for point in curve]
         path = folder / runner.Run(name, rate, seed).path
         path.parent.mkdir(exist_ok=True)
@@ -281,13 +281,13 @@ def test_how_many_times_less_compute_is_told_from_where_curves_cross(tmp_path):
     wide = np.exp(12.7062 * np.log(2) / 2)
     rows, seconds = (f"{x:.1f} ({x / wide:.1f} to {x * wide:.1f})" for x in (8**0.5, 200**0.5))
     # The line rises by one point of the judge a hundredth of the reward.
-    assert page.compute_table(found, question)[2:] == [
-        "| `grpo-on-clip` | | | | +0.0 (+0.0 to +0.0) |",
+    assert page.reward_table(found, question)[2:] == [
+        "| `grpo-on-clip` |  |  |  | +0.0 (+0.0 to +0.0) |",
         f"| `refl` | 1 of 2 |  |  | {around(-20, -10)} |",
         f"| `direct-align` | 2 of 2 | {rows} | {seconds} | {around(10, -20)} |",
     ]
     axes = Figure().subplots()
-    page.plot_reward_and_judge(axes, found, question)
+    page.plot_reward(axes, found, question)
     lines = {line.get_label(): line.get_xydata() for line in axes.get_lines()}
     assert lines["direct-align"] == pytest.approx(np.array([[0.4, 50], [0.75, 80]]))
     assert lines["to freshly drawn pictures"] == pytest.approx(np.array([[0.4, 50], [0.9, 100]]))

@@ -117,24 +117,26 @@ def test_the_rollout_model_is_in_eval_mode_and_returns_to_its_own(tmp_path):
         assert trainer.model_wrapped.training is mode
 
 
-class Wrapper(nn.Module):
-    """As DDP is: in training mode when it is made, whatever it wraps."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.layer = module.layer
-
-
-def test_a_network_that_is_given_in_eval_mode_is_trained_in_training_mode(tmp_path):
+@pytest.mark.parametrize("whole", [True, False], ids=["all of it", "what a new wrapper wraps"])
+def test_a_network_that_is_given_in_eval_mode_is_trained_in_training_mode(tmp_path, whole):
+    """As pipelines are loaded. A wrapper that was just made, as of PEFT, is in training mode, whatever it wraps."""
     trainer = train(LineTrainer, tmp_path)
     inputs = {name: torch.stack([row[name] for row in rows()]) for name in ("x", "labels")}
-    for model in (trainer.model, Wrapper(trainer.model)):
-        trainer.model.eval()
-        modes = []
-        hook = trainer.model.layer.register_forward_hook(lambda layer, *_, modes=modes: modes.append(layer.training))
-        trainer.training_step(model, inputs)
-        hook.remove()
-        assert modes == [True, True]
+    (trainer.model if whole else trainer.model.layer).eval()
+    modes = []
+    trainer.model.layer.register_forward_hook(lambda layer, *_: modes.append(layer.training))
+    trainer.training_step(trainer.model, inputs)
+    assert modes == [True, True]
+
+
+def test_a_network_that_is_elsewhere_is_moved_for_a_rollout(tmp_path):
+    """To where there are no weights to bring: torch refuses by name. One that is in its place is left alone."""
+    trainer = train(LineTrainer, tmp_path)
+    with trainer.rollout_model() as model:
+        assert model is trainer.model
+    trainer.model.to("meta")
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"), trainer.rollout_model():
+        pass
 
 
 class Moved(nn.Linear):

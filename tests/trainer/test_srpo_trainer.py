@@ -15,6 +15,7 @@
 """SRPO end to end on tiny models: what it optimises, logs, saves and resumes, and what it refuses."""
 
 import json
+import re
 import weakref
 import zlib
 
@@ -287,6 +288,19 @@ class TestRun:
         trainer.create_model_card()
         card = (tmp_path / "out" / "README.md").read_text()
         assert "2509.06942" in card and "SRPOTrainer" in card
+
+    @pytest.mark.parametrize(
+        ("estimator", "numbers"),
+        [
+            ("direct_align", ["2509.06942"]),
+            ("refl", ["2304.05977", "2509.06942"]),
+            ("draft", ["2309.17400", "2509.06942"]),
+        ],
+    )
+    def test_the_card_cites_the_estimator_that_was_used(self, make_trainer, tmp_path, estimator, numbers):
+        make_trainer(estimator=estimator, preference="absolute").create_model_card()
+        card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+        assert re.findall(r"arXiv preprint arXiv:([\d.]+)", card) == numbers
 
     def test_rollout_of_any_batch_size_is_the_same(self, make_trainer):
         whole, parts = (clean_batch(make_trainer(rollout_batch_size=size)) for size in (3, 2))

@@ -72,9 +72,7 @@ class TermTrainer(ReliableTrainer):
         self, model: nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         self._stop_if_terminated()
-        # A wrapper that was just made says that it is in training mode, whatever it wraps.
-        if not (model.training and self.model.training):
-            model.train()
+        model.train()
         inputs = self._prepare_inputs(inputs)
         self._step_losses.append(([], self._describe(inputs)))
         kwargs = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}

@@ -75,7 +75,7 @@ class DiffusionTrainer(PublishingTrainer):
     """
 
     method_name: str  # as the model card has it
-    # Keys of `trl_diffusion.hub.model_card.PAPERS`, the method's first.
+    # Keys of `trl_diffusion.hub.model_card.PAPERS`, the method's first; a property where they depend on the settings.
     papers: tuple[str, ...]
     config_class: type[DiffusionConfig]
 

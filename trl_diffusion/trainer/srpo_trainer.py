@@ -120,7 +120,6 @@ class SRPOTrainer(DiffusionTrainer):
     """
 
     method_name = "SRPO"
-    papers = ("srpo",)
     config_class = SRPOConfig
 
     def __init__(
@@ -141,8 +140,6 @@ class SRPOTrainer(DiffusionTrainer):
             watch_reward_funcs, optimizer_cls_and_kwargs,
         )  # fmt: skip
         args = self.args
-        if args.estimator != "direct_align":
-            self.papers = (args.estimator, *self.papers)
         self._check_words()
         self._check_differentiable()
         if args.vae_gradient_checkpointing:
@@ -253,6 +250,10 @@ class SRPOTrainer(DiffusionTrainer):
     def _upcoming_rows(self) -> Iterator[int | dict[str, Any]]:
         batch = self._images_trained // self._images_per_micro_batch
         return self._sampler.upcoming(batch, self.accelerator.process_index)
+
+    @property
+    def papers(self) -> tuple[str, ...]:
+        return ("srpo",) if self.args.estimator == "direct_align" else (self.args.estimator, "srpo")
 
     def _check_words(self) -> None:
         """Refuse words by reward that leave a reward out or name one that there is not."""
