@@ -26,6 +26,7 @@ import itertools
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -228,15 +229,18 @@ def geometric(ratios: np.ndarray) -> str:
     return f"{math.exp(mean):.1f} ({math.exp(mean - half):.1f} to {math.exp(mean + half):.1f})"
 
 
+def third_panel(question: Question) -> Callable[..., None] | None:
+    """What is drawn beside the curves and the differences, if anything: what was paid or cheated for them."""
+    if any(ARMS[name].measure == "style" for name in question.arms):
+        return plot_cost
+    return None if question.same_reward_as is None else plot_reward
+
+
 def plot(results: Results, question: Question, path: Path) -> None:
-    """The held-out measure over rows, the paired differences with their intervals, and what was paid or cheated for it."""
+    """The held-out measure over rows, the paired differences with their intervals, and the [`third_panel`]."""
     from matplotlib.figure import Figure
 
-    third = None
-    if any(ARMS[name].measure == "style" for name in question.arms):
-        third = plot_cost
-    elif question.same_reward_as is not None:
-        third = plot_reward
+    third = third_panel(question)
     figure = Figure(figsize=(9 if third is None else 13, 4.2), layout="constrained")
     left, right, *more = figure.subplots(1, 2 if third is None else 3)
     for axes in more:

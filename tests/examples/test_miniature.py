@@ -246,7 +246,10 @@ def test_what_style_costs_is_drawn_from_the_kept_results():
 
 
 def write_curves(folder, name, curves):
-    """One file a seed, with the (rows, seconds, judged, trained reward) of its curve; those of the tuning seeds besides."""
+    """
+    One file a seed, with the (rows, seconds, judged, trained reward) of its curve, and a tenth more of the judge at the end;
+    those of the tuning seeds besides.
+    """
     rates = miniature.ARMS[name].learning_rates
     runs = [(rate, seed, curves[0]) for rate in rates for seed in miniature.TUNING_SEEDS]
     for rate, seed, curve in [*runs, *((rates[0], seed, curve) for seed, curve in enumerate(curves))]:
@@ -254,7 +257,9 @@ def write_curves(folder, name, curves):
         points = [dict(zip(keys, point, strict=True)) for point in curve]
         path = folder / runner.Run(name, rate, seed).path
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"curve": points, "held_out": points[-1], "hybrids": {}}))
+        # The images at the end are others than those of the curve.
+        held_out = {**points[-1], "attribute_share": points[-1]["attribute_share"] + 0.1}
+        path.write_text(json.dumps({"curve": points, "held_out": held_out, "hybrids": {}}))
 
 
 def around(first, second):
@@ -282,15 +287,26 @@ def test_how_many_times_less_compute_is_told_from_where_curves_cross(tmp_path):
     rows, seconds = (f"{x:.1f} ({x / wide:.1f} to {x * wide:.1f})" for x in (8**0.5, 200**0.5))
     # The line rises by one point of the judge a hundredth of the reward.
     assert page.reward_table(found, question)[2:] == [
-        "| `grpo-on-clip` |  |  |  | +0.0 (+0.0 to +0.0) |",
-        f"| `refl` | 1 of 2 |  |  | {around(-20, -10)} |",
-        f"| `direct-align` | 2 of 2 | {rows} | {seconds} | {around(10, -20)} |",
+        "| `grpo-on-clip` |  |  |  | +10.0 (+10.0 to +10.0) |",
+        f"| `refl` | 1 of 2 |  |  | {around(-10, 0)} |",
+        f"| `direct-align` | 2 of 2 | {rows} | {seconds} | {around(20, -10)} |",
     ]
     axes = Figure().subplots()
     page.plot_reward(axes, found, question)
     lines = {line.get_label(): line.get_xydata() for line in axes.get_lines()}
     assert lines["direct-align"] == pytest.approx(np.array([[0.4, 50], [0.75, 80]]))
     assert lines["to freshly drawn pictures"] == pytest.approx(np.array([[0.4, 50], [0.9, 100]]))
+
+
+def test_the_third_panel_shows_what_was_paid_or_cheated():
+    panels = {question.number: page.third_panel(question) for question in miniature.QUESTIONS}
+    shown = {number: panel for number, panel in panels.items() if panel is not None}
+    assert shown == {5: page.plot_cost, 6: page.plot_reward}
+    (question,) = (question for question in miniature.QUESTIONS if question.number == 6)
+    axes = Figure().subplots()
+    page.plot_reward(axes, page.Results(page.RESULTS), question)
+    labels = {line.get_label() for line in axes.get_lines()}
+    assert labels == {"to freshly drawn pictures", *question.arms, "relative"}
 
 
 def test_a_curve_that_never_rises_to_a_level_has_no_place():
