@@ -259,3 +259,11 @@ def test_wrong_arguments_are_named():
     for name in ("/home/alice/a.png", "../a.png", "C:\\a.png"):
         with pytest.raises(ValueError, match="relative to the card"):
             build_model_card(model_name="x", pipeline_class="FluxPipeline", images={name: "picture"})
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_the_citation_is_of_the_paper_that_is_linked(paper):
+    number, title, bibtex = PAPERS[paper]
+    fields = dict(re.findall(r"^    (\w+) += \{(.+)\},?$", bibtex, flags=re.MULTILINE))
+    assert (fields["title"], fields["journal"]) == (f"{{{title}}}", f"arXiv preprint arXiv:{number}")
+    assert fields["year"] == f"20{number[:2]}" and " and " in fields["author"]

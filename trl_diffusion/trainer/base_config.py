@@ -15,7 +15,6 @@
 """The settings that every trainer of diffusion models shares."""
 
 import copy
-import os
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,11 +22,11 @@ from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import is_torch_bf16_gpu_available
-from transformers.utils.versions import require_version
 
 from ..planning.workload import Workload
 from ..runtime.process_group import destroy_process_group_at_exit
 from .config_checks import check_settings_act, check_types
+from .process_checks import check_optimizer_with_modes, check_sharding, check_waiting
 
 
 if TYPE_CHECKING:
@@ -448,10 +447,10 @@ class DiffusionConfig(TrainingArguments):
 
             set_bucket_sizes(self.deepspeed_plugin)
         self._check_data_loader()
-        self._check_sharding()
-        self._check_processes()
+        check_sharding(self)
+        check_waiting(self)
         if self.optim.startswith("schedule_free"):
-            self.check_optimizer_with_modes(f"optim={self.optim.value!r}")
+            check_optimizer_with_modes(self, f"optim={self.optim.value!r}")
 
     def _check_values(self) -> None:
         """Check, and complete, what is known without the run's processes and devices."""
@@ -560,45 +559,16 @@ class DiffusionConfig(TrainingArguments):
                     "gives each process: the images of a prompt would no longer be one group. Leave it unset."
                 )
 
-    def _check_processes(self) -> None:
-        """Check what depends on the number of processes."""
-        if self.reward_timeout is not None and self.world_size > 1:
-            if self.reward_timeout * (self.reward_retries + 1) >= self.ddp_timeout:
-                raise ValueError(
-                    f"reward_timeout={self.reward_timeout} s in {self.reward_retries + 1} attempts takes longer than "
-                    f"the {self.ddp_timeout} s that processes wait for each other. Lower reward_timeout or "
-                    "reward_retries, or raise ddp_timeout."
-                )
-
-    def _check_sharding(self) -> None:
-        fsdp = self._uses_fsdp
-        if fsdp:
-            # Settings of the arguments win over the launcher's, which are in the environment.
-            version = (self.fsdp_plugin_args or {}).get("fsdp_version", os.environ.get("FSDP_VERSION", "1"))
-            if int(version) != 2:
-                raise ValueError(
-                    f"fsdp_version is {version}, and the trainers support FSDP2 alone. Set fsdp_version: 2 in accelerate's "
-                    "configuration, or use the package's fsdp2.yaml."
-                )
-        if self.deepspeed_plugin is not None:
-            self._check_deepspeed(self.deepspeed_plugin.zero_stage, self.deepspeed_plugin.deepspeed_config)
-        for name in ("quantization", "compile_denoiser", "rollout_merged_lora"):
-            value = vars(self)[name]
-            if value and self.shards_weights:
-                raise ValueError(
-                    f"{name}={value!r} cannot be used with ZeRO-3 or FSDP, which shard the weights. Use multi_gpu, ZeRO-1 or "
-                    f"ZeRO-2, or leave {name} unset."
-                )
-
     @property
-    def _uses_fsdp(self) -> bool:
+    def uses_fsdp(self) -> bool:
+        """Whether FSDP shards the weights, by the settings or by the launcher."""
         return self.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
 
     @property
     def shards_weights(self) -> bool:
         """Whether no process has the whole network, so that all must call it equally often."""
         zero_3 = self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage == 3
-        return zero_3 or self._uses_fsdp
+        return zero_3 or self.uses_fsdp
 
     @property
     def consecutive_images(self) -> int:
@@ -610,55 +580,13 @@ class DiffusionConfig(TrainingArguments):
         """How processes share the training, as [`~trl_diffusion.planning.plan.SHARDINGS`] names it."""
         if self.deepspeed_plugin is not None:
             return f"zero{self.deepspeed_plugin.zero_stage}"
-        if self._uses_fsdp:
+        if self.uses_fsdp:
             return "fsdp2"
         return "multi_gpu" if self.world_size > 1 else "none"
 
     def workload(self) -> Workload | None:
         """What the method computes and holds, so that its runs can be planned. `None`, the default: it is not known."""
         return None
-
-    def check_optimizer_with_modes(self, name: str) -> None:
-        """
-        Refuse what an optimizer with train and eval modes cannot be used with.
-
-        Args:
-            name (`str`): of the optimizer, as it was given.
-
-        Raises:
-            `ValueError`: weights are sharded, or averaged otherwise.
-        """
-        sharded = self.deepspeed_plugin is not None or self.fsdp_plugin_args is not None
-        if sharded or parse_flag_from_env("ACCELERATE_USE_FSDP"):
-            raise ValueError(
-                f"{name} has train and eval modes, which DeepSpeed and FSDP do not pass on to all weights. Use multi_gpu, or "
-                "another optimizer, e.g. optim='adamw_torch'."
-            )
-        if self.ema_decay is not None:
-            raise ValueError(
-                f"{name} averages the weights itself, so ema_decay={self.ema_decay} would average twice. Set ema_decay to "
-                "None, or use another optimizer."
-            )
-
-    def _check_deepspeed(self, stage: int, config: dict[str, Any]) -> None:
-        require_version("deepspeed>=0.19.8", "Older releases apply steps whose gradient is not finite.")
-        # As these do.
-        if stage == 0:
-            raise ValueError(
-                "zero_stage is 0, which shards nothing. Use ZeRO-1, 2 or 3, or multi_gpu without DeepSpeed."
-            )
-        accumulation = config.get("data_types", {}).get("grad_accum_dtype")
-        if stage == 1 and self.bf16 and accumulation == "fp32":
-            raise ValueError(
-                "data_types.grad_accum_dtype is 'fp32', which with bf16 needs ZeRO-2 or 3, and the stage is 1. Use ZeRO-2, "
-                "or leave grad_accum_dtype unset."
-            )
-        offload = config["zero_optimization"].get("offload_optimizer") or {}
-        if self.ema_decay is not None and offload.get("device") == "nvme":
-            raise ValueError(
-                f"ema_decay={self.ema_decay} cannot be used with an optimizer that is offloaded to NVMe, where the weights "
-                "are not in memory after a step. Offload it to the CPU, or set ema_decay to None."
-            )
 
     def without_secrets(self) -> "DiffusionConfig":
         """A copy without tokens, to be written to disk."""

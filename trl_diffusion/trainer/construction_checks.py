@@ -32,6 +32,7 @@ from ..rewards import Reward, VideoRewardModel, check_reward, check_scores_apart
 from ..runtime.reliable_trainer import OptimizerWithModes
 from ..runtime.updates import check_optimizers
 from .base_config import DiffusionConfig
+from .process_checks import check_optimizer_with_modes
 
 
 def check_args(args: Any, config_class: type[DiffusionConfig], trainer: str) -> None:
@@ -173,7 +174,7 @@ def check_what_is_trained(
             "trained. Leave one of them unset."
         )
     if isinstance(optimizers[0], OptimizerWithModes):
-        args.check_optimizer_with_modes(f"The optimizer {type(optimizers[0]).__name__}")
+        check_optimizer_with_modes(args, f"The optimizer {type(optimizers[0]).__name__}")
 
 
 def check_attention_backend(name: str) -> None:
