@@ -448,7 +448,7 @@ class DiffusionConfig(TrainingArguments):
             set_bucket_sizes(self.deepspeed_plugin)
         self._check_data_loader()
         check_sharding(self)
-        check_waiting(self)
+        self._check_processes()
         if self.optim.startswith("schedule_free"):
             check_optimizer_with_modes(self, f"optim={self.optim.value!r}")
 
@@ -558,6 +558,10 @@ class DiffusionConfig(TrainingArguments):
                     f"accelerator_config has {name}=True, which hands out other rows than those that the trainer's order "
                     "gives each process: the images of a prompt would no longer be one group. Leave it unset."
                 )
+
+    def _check_processes(self) -> None:
+        """Check, and complete, what depends on the number of processes."""
+        check_waiting(self)
 
     @property
     def uses_fsdp(self) -> bool:
