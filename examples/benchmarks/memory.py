@@ -388,7 +388,9 @@ def measure_sharded(
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         "MALLOC_MMAP_THRESHOLD_": "16384",
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",  # kernels, which it would count as well
+        # Kernels and buffers that are kept for the next call would count as well; how large they are depends on the CPU.
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
+        "MKL_DISABLE_FAST_MM": "1",
     }
     with tempfile.TemporaryDirectory() as folder:
         arguments = [folder, config, size.name, "0" if rank is None else str(rank), str(dtype)[6:]]
