@@ -424,3 +424,26 @@ def test_what_needs_whole_weights_is_refused_where_they_are_sharded(tmp_path, mo
         return
     with pytest.raises(ValueError, match=f"{name}={WHOLE_WEIGHTS[name]!r} cannot be used with ZeRO-3 or FSDP"):
         ChunkGRPOConfig(**settings)
+
+
+@pytest.mark.parametrize("config_class", [SRPOConfig, ChunkGRPOConfig])
+def test_rewards_may_not_take_longer_than_processes_wait(tmp_path, monkeypatch, config_class):
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "ddp_timeout": 30, "reward_timeout": 10}
+    config_class(**settings, reward_retries=2)  # nobody waits for one process
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(config_class, "world_size", 2)
+    config_class(**settings, reward_retries=1)
+    with pytest.raises(ValueError, match="reward_timeout=10 s in 3 attempts takes longer than the 30 s"):
+        config_class(**settings, reward_retries=2)
+
+
+def test_batches_are_those_of_the_processes_that_a_launcher_starts(tmp_path, monkeypatch):
+    """Under a launcher, also of one process, their number is known only when they have met."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    settings = {
+        "output_dir": str(tmp_path), "use_cpu": True, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 6,
+    }  # fmt: skip
+    args = ChunkGRPOConfig(**settings, num_generations=4)
+    assert (args.steps_per_generation, args.generation_batch_size) == (6, 12)
+    with pytest.raises(ValueError, match=r"num_generations \(5\) must divide the generation batch \(12 images"):
+        ChunkGRPOConfig(**settings, num_generations=5)
