@@ -446,7 +446,8 @@ class ReliableTrainer(Trainer):
         if self.deepspeed is not None:
             bad = bad or not (self.deepspeed.fp16_enabled() or self.deepspeed.was_step_applied())
         elif self.accelerator.scaler is None:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            parameters = itertools.chain.from_iterable(group["params"] for group in self.optimizer.param_groups)
+            gradients = [p.grad for p in parameters if p.grad is not None]
             gradients = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
             # Not finite where an element is not, or the norm overflows: such a gradient cannot be used either.
             bad = bad or not torch.nn.utils.get_total_norm(gradients).isfinite()

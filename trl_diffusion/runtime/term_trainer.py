@@ -157,7 +157,7 @@ class TermTrainer(ReliableTrainer):
         context = contextlib.nullcontext(model)
         if model is self.model and not isinstance(model, FSDPModule):
             # Until the training starts, the Trainer leaves the network of a sharded run on the CPU.
-            if any(parameter.device != self.args.device for parameter in model.parameters()):
+            if not self.is_in_train:
                 model.to(self.args.device)
         elif self.deepspeed is not None and self.deepspeed.zero_optimization_partition_weights():
             if self.args.ds3_gather_for_rollout:
