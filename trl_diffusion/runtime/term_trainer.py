@@ -157,7 +157,7 @@ class TermTrainer(ReliableTrainer):
         context = contextlib.nullcontext(model)
         if model is self.model and not isinstance(model, FSDPModule):
             # Until the training starts, the Trainer leaves the network of a sharded run on the CPU.
-            if not self.is_in_train:
+            if not self.is_in_train and any(p.device != self.args.device for p in model.parameters()):
                 model.to(self.args.device)
         elif self.deepspeed is not None and self.deepspeed.zero_optimization_partition_weights():
             if self.args.ds3_gather_for_rollout:
