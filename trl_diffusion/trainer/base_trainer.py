@@ -42,7 +42,7 @@ from ..data.sampler import BucketSampler, GroupSampler, GroupStream
 from ..evaluation import Evaluator
 from ..hub import Publisher, hub_id
 from ..models import whole_weights
-from ..rewards import Reward, asks_for_column, load_rewards, scores_generations, to_pil
+from ..rewards import Reward, asks_for_column, load_rewards, to_pil
 from ..rewards.calls import Scorer, shown
 from ..runtime.offloading import FrozenModules
 from ..runtime.policies import REFERENCE
@@ -52,6 +52,7 @@ from .callbacks import EpochCallback, SampleImagesCallback
 from .card import card_facts
 from .construction import announce_plan, begin_conditioning, load_model, make_sampler
 from .construction_checks import check_args, check_arguments, check_best_metric, check_frames, check_writable
+from .evaluated_rewards import EvaluatedRewards
 from .measures import RunningMetrics, Speed, lora_update_norm, mean_of_known
 from .network import adapter_config, adapter_settings, compiled_graphs, load_network, save_network, trained_network
 from .publishing import PublishingTrainer
@@ -142,9 +143,10 @@ class DiffusionTrainer(PublishingTrainer):
         check_frames(args, {**self.watched_rewards, **self.rewards}, self.num_frames, pipeline_name)
         weights = [1.0] * len(self.rewards) if args.reward_weights is None else args.reward_weights
         self.reward_weights = torch.tensor(weights, dtype=torch.float32)
+        self.evaluated_rewards = EvaluatedRewards(self.rewards, self.reward_weights, self.watched_rewards)
         if args.metric_for_best_model is None and any(isinstance(c, EarlyStoppingCallback) for c in callbacks or []):
             args.metric_for_best_model, args.greater_is_better = args.BEST_METRIC, True
-        check_best_metric(args.metric_for_best_model, self._evaluation_names(), has_adapter)
+        check_best_metric(args.metric_for_best_model, self._evaluation_metrics(), has_adapter)
 
         begin_conditioning(self.conditioning, args, train_dataset, eval_dataset)
         rewards = [*self.rewards.values(), *self.watched_rewards.values()]
@@ -412,36 +414,15 @@ class DiffusionTrainer(PublishingTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    @property
-    def _evaluated_rewards(self) -> dict[str, Reward]:
-        """The rewards that score images as they are, without those of whole generations."""
-        return {name: reward for name, reward in self.rewards.items() if not scores_generations(reward)}
-
-    def _evaluation_names(self) -> list[str]:
+    def _evaluation_metrics(self) -> list[str]:
         """The names of what `_evaluation_scores` gives."""
-        return [
-            *(["reward"] if self._evaluated_rewards else []),
-            *(f"rewards/{name}/mean" for name in self._evaluated_rewards),
-            *(f"watch/{name}/mean" for name in self.watched_rewards),
-        ]
+        return self.evaluated_rewards.metrics
 
     def _evaluation_scores(
         self, images: torch.Tensor, prompts: list[str], columns: dict[str, list[Any]]
     ) -> dict[str, torch.Tensor]:
         """What an evaluation averages over its images, `(B,)` by name."""
-        evaluated = self._evaluated_rewards
-        scores = self.scorer.score(evaluated, images, prompts, columns)
-        watched = self.scorer.score(self.watched_rewards, images, prompts, columns)
-        weights = [weight for name, weight in zip(self.rewards, self.reward_weights, strict=True) if name in evaluated]
-        total = (scores * scores.new_tensor(weights)).nansum(1)
-        return {
-            **({"reward": total} if evaluated else {}),
-            **{f"rewards/{name}/mean": column for name, column in zip(evaluated, scores.unbind(1), strict=True)},
-            **{
-                f"watch/{name}/mean": column
-                for name, column in zip(self.watched_rewards, watched.unbind(1), strict=True)
-            },
-        }
+        return self.evaluated_rewards.scores(self.scorer, images, prompts, columns)
 
     def _results_for_card(self, with_metrics: bool) -> dict[str, Any]:
         args, results = self.args, {}
@@ -450,9 +431,7 @@ class DiffusionTrainer(PublishingTrainer):
             images = self.generate(prompts, range(len(prompts)))
             results["samples"] = self.publisher.save_gallery(to_pil(images), texts_of(prompts))
         if self.eval_dataset is not None and self.has_adapter and with_metrics:
-            names = {name: f"rewards/{name}/mean" for name in self._evaluated_rewards}
-            names |= {name: f"watch/{name}/mean" for name in self.watched_rewards}
-            results["metrics"] = self.evaluator.intervals(self.eval_dataset, names)
+            results["metrics"] = self.evaluator.intervals(self.eval_dataset, self.evaluated_rewards.metric_of)
             results["metrics_note"] = (
                 f"Measured on {args.num_eval_images} images of prompts that were set aside for evaluation, with the same "
                 "prompts and noise for both."

@@ -493,8 +493,8 @@ class SRPOTrainer(DiffusionTrainer):
 
     # ---- Evaluation ----
 
-    def _evaluation_names(self) -> list[str]:
-        return ["objective", *super()._evaluation_names()]
+    def _evaluation_metrics(self) -> list[str]:
+        return ["objective", *super()._evaluation_metrics()]
 
     @torch.no_grad()
     def _evaluation_scores(
