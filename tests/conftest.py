@@ -55,20 +55,6 @@ hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, d
 hypothesis.settings.load_profile("suite")
 
 
-def pytest_configure(config):
-    """
-    What DeepSpeed compiles is kept in this checkout. A compiler that is killed leaves a lock, for which every process
-    would wait without end; in the cache of the user it would be that of any run before.
-    """
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        return  # a worker has the environment of the process that started it
-    folder = config.rootpath / ".pytest_cache" / "torch_extensions"
-    folder.mkdir(parents=True, exist_ok=True)
-    for lock in folder.rglob("lock"):
-        lock.unlink()
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-
-
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

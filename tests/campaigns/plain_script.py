@@ -24,15 +24,8 @@ ENDING is "return", "raise" or "exit".
 
 import sys
 
-from accelerate.utils import is_deepspeed_available
 from campaigns.tiny_runs import make_trainer
 
-
-if is_deepspeed_available():
-    import deepspeed
-
-    # Gloo alone, so that nothing is compiled.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 trainer = make_trainer(
     "srpo", sys.argv[1], per_device_train_batch_size=1, max_steps=1, ema_decay=None, save_strategy="no"

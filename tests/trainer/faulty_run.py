@@ -25,7 +25,6 @@ import time
 from pathlib import Path
 
 import torch
-from accelerate.utils import is_deepspeed_available
 from campaigns.tiny_runs import Warmth, make_trainer
 
 
@@ -70,9 +69,4 @@ def main(kind: str, output: str, faults: dict[str, int], settings: dict) -> None
 
 
 if __name__ == "__main__":
-    if is_deepspeed_available():
-        import deepspeed
-
-        # Gloo alone, so that nothing is compiled: the tests need no C++ compiler.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4]))

@@ -39,7 +39,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.utils import is_deepspeed_available
 from datasets import Dataset
 from peft import LoraConfig
 from tiny_models import tiny_flux_pipeline
@@ -195,9 +194,4 @@ def main(folder: Path, size: int, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if is_deepspeed_available():
-        import deepspeed
-
-        # Gloo alone, so that nothing is compiled: the tests need no C++ compiler.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3].split(","))
