@@ -236,6 +236,19 @@ def third_panel(question: Question) -> Callable[..., None] | None:
     return None if question.same_reward_as is None else plot_reward
 
 
+def line_styles(question: Question) -> dict[str, dict[str, str]]:
+    """Of the arms' curves. Where the arms are pairs, a pair has one colour, and what is compared against is dashed."""
+    arms, comparisons = question.arms, question.comparisons
+    if len(arms) < 2 * len(comparisons):
+        return {name: {"color": f"C{place}"} for place, name in enumerate(arms)}
+    pairs = [(pair.arm, pair.against) for pair in comparisons]
+    return {
+        name: {"color": f"C{place}", "linestyle": style}
+        for place, pair in enumerate(pairs)
+        for name, style in zip(pair, ("-", "--"), strict=True)
+    }
+
+
 def plot(results: Results, question: Question, path: Path) -> None:
     """The held-out measure over rows, the paired differences with their intervals, and the [`third_panel`]."""
     from matplotlib.figure import Figure
@@ -245,7 +258,7 @@ def plot(results: Results, question: Question, path: Path) -> None:
     left, right, *more = figure.subplots(1, 2 if third is None else 3)
     for axes in more:
         third(axes, results, question)
-    for name in question.arms:
+    for name, look in line_styles(question).items():
         if not results.has(name):
             continue
         runs, arm = list(results.runs(name).values()), ARMS[name]
@@ -258,10 +271,8 @@ def plot(results: Results, question: Question, path: Path) -> None:
         rows = np.array([[0, *(p["rows"] for p in run["curve"])] for run in runs]).mean(0)
         values = np.array([[point(results.base["curve"]), *map(point, run["curve"])] for run in runs])
         half = [student(column)[1] if column.std() else 0.0 for column in values.T]
-        (line,) = left.plot(rows / 1000, values.mean(0), marker="o", markersize=3, label=name)
-        left.fill_between(
-            rows / 1000, values.mean(0) - half, values.mean(0) + half, alpha=0.12, color=line.get_color()
-        )
+        left.plot(rows / 1000, values.mean(0), marker="o", markersize=3, label=name, **look)
+        left.fill_between(rows / 1000, values.mean(0) - half, values.mean(0) + half, alpha=0.12, color=look["color"])
     left.set_xlabel("thousand rows through the network")
     left.set_ylabel(f"held out ({NUM_CURVE_IMAGES} images), points")
     left.legend(fontsize=8)

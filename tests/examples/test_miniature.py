@@ -309,6 +309,17 @@ def test_the_third_panel_shows_what_was_paid_or_cheated():
     assert labels == {"to freshly drawn pictures", *question.arms, "relative"}
 
 
+def test_curves_can_be_told_apart():
+    for question in miniature.QUESTIONS:
+        looks = page.line_styles(question)
+        assert list(looks) and set(looks) == set(question.arms)
+        assert len({tuple(look.items()) for look in looks.values()}) == len(looks)
+        assert {look["color"] for look in looks.values()} <= {f"C{place}" for place in range(10)}  # then they repeat
+    looks = page.line_styles(miniature.QUESTIONS[3])
+    assert looks["chunk-kl-4"] == {"color": "C4", "linestyle": "-"}
+    assert looks["step-kl-4"] == {"color": "C4", "linestyle": "--"}
+
+
 def test_a_curve_that_never_rises_to_a_level_has_no_place():
     assert page.reached([(0, 1.0), (10, 3.0), (20, 2.0)], 2.0) == 5
     assert page.reached([(0, 1.0), (10, 3.0), (20, 2.0)], 3.5) is None
