@@ -290,9 +290,10 @@ class DiffusionTrainer(PublishingTrainer):
         streams that do not depend on the number of processes or the size of batches.
         """
         *path, indices = key
+        device, seed = self.args.device, self.args.seed
         return [
-            torch.Generator(self.args.device).manual_seed(
-                int(np.random.SeedSequence([self.args.seed, *path, index]).generate_state(1, np.uint64)[0] >> 1)
+            torch.Generator(device).manual_seed(
+                int(np.random.SeedSequence([seed, *path, index]).generate_state(1, np.uint64)[0] >> 1)
             )
             for index in indices
         ]
