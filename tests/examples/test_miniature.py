@@ -309,6 +309,16 @@ def test_the_third_panel_shows_what_was_paid_or_cheated():
     assert labels == {"to freshly drawn pictures", *question.arms, "relative"}
 
 
+def test_how_often_a_bound_acts_is_told_by_the_update():
+    done = script("bounds.py", "step-clip-2", "chunk-kl-4", "--rows", "0.1")
+    assert done.returncode == 0, done.stderr
+    shares = [line.split() for line in done.stdout.splitlines() if line.startswith(("step-", "chunk-"))]
+    assert [(name, len(of_updates)) for name, *of_updates in shares] == [("step-clip-2", 2), ("chunk-kl-4", 4)]
+    for _, first, *others in shares:
+        # The first update of a generation is on-policy: its ratios are 1.
+        assert first == "0.0%" and all(0 < float(share.rstrip("%")) < 100 for share in others)
+
+
 def test_curves_can_be_told_apart():
     for question in miniature.QUESTIONS:
         looks = page.line_styles(question)

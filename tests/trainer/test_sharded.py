@@ -100,6 +100,8 @@ def launch(folder, config, runs, processes=2):
     )
     assert finished.returncode == 0, finished.stderr[-5000:]
     assert "terminate called" not in finished.stderr
+    # Compiling DeepSpeed's reduction for the CPU would take a minute (tests/sitecustomize.py).
+    assert "deepspeed_shm_comm" not in finished.stdout + finished.stderr
     return finished.stdout + finished.stderr
 
 

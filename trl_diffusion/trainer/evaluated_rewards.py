@@ -43,19 +43,20 @@ class EvaluatedRewards:
         return {name: reward for name, reward in self.trained.items() if not scores_generations(reward)}
 
     @property
+    def _means(self) -> list[tuple[str, str]]:
+        """The names of rewards and of the metrics that are their means; what is trained and watched is there twice."""
+        single = [(name, f"rewards/{name}/mean") for name in self._single]
+        return single + [(name, f"watch/{name}/mean") for name in self.watched]
+
+    @property
     def metric_of(self) -> dict[str, str]:
         """By the name of a reward, the name of the metric that is its mean."""
-        names = {name: f"rewards/{name}/mean" for name in self._single}
-        return names | {name: f"watch/{name}/mean" for name in self.watched}
+        return dict(self._means)
 
     @property
     def metrics(self) -> list[str]:
-        """The names of what [`EvaluatedRewards.scores`] gives; a reward that is trained and watched has two."""
-        return [
-            *(["reward"] if self._single else []),
-            *(f"rewards/{name}/mean" for name in self._single),
-            *(f"watch/{name}/mean" for name in self.watched),
-        ]
+        """The names of what [`EvaluatedRewards.scores`] gives."""
+        return [*(["reward"] if self._single else []), *(metric for _, metric in self._means)]
 
     def scores(
         self, scorer: Scorer, images: torch.Tensor, prompts: list[str], columns: dict[str, list[Any]]
@@ -65,7 +66,5 @@ class EvaluatedRewards:
         scores = scorer.score(single, images, prompts, columns)
         watched = scorer.score(self.watched, images, prompts, columns)
         weights = [weight for name, weight in zip(self.trained, self.weights, strict=True) if name in single]
-        total = (scores * scores.new_tensor(weights)).nansum(1)
-        return dict(
-            zip(self.metrics, [*([total] if single else []), *scores.unbind(1), *watched.unbind(1)], strict=True)
-        )
+        sums = [(scores * scores.new_tensor(weights)).nansum(1)] if single else []
+        return dict(zip(self.metrics, [*sums, *scores.unbind(1), *watched.unbind(1)], strict=True))
