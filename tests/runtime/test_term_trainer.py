@@ -98,6 +98,27 @@ def test_terms_train_as_their_sum_does_in_transformers(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_step_with_one_gradient_that_is_not_finite_is_left_out(tmp_path, name):
+    """Of either group of the optimizer, and where nothing is clipped, which would spread it to all."""
+    before_each = []
+
+    class Spoiled(LineTrainer):
+        def training_step(self, model, *args):
+            before_each.append([weight.clone() for weight in weights(self)])
+            loss = super().training_step(model, *args)
+            if self.state.global_step == 1:
+                getattr(model.layer, name).grad[0] = torch.inf
+            return loss
+
+    trainer = train(Spoiled, tmp_path, max_grad_norm=0.0, gradient_accumulation_steps=1)
+    assert len(trainer.optimizer.param_groups) == 2 and trainer._skipped_steps == 1
+    first, second, third, last = *before_each, weights(trainer)
+    for index in range(2):
+        assert torch.equal(second[index], third[index])
+        assert not torch.equal(first[index], second[index]) and not torch.equal(third[index], last[index])
+
+
 def test_a_resumed_run_ends_at_the_same_weights(tmp_path):
     whole = train(LineTrainer, tmp_path / "whole", ema_decay=0.5)
     resumed = train(LineTrainer, tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-1"), ema_decay=0.5)

@@ -38,6 +38,20 @@ from trl_diffusion.rewards import RewardModel
 from .conftest import PIPELINES, PROMPTS, generation, gradients, perturb, redness, trainable
 
 
+def test_streams_of_noise_are_those_of_the_seed_and_the_key(make_trainer):
+    trainer = make_trainer()
+
+    def first(*key):
+        return [torch.randn(1, generator=generator).item() for generator in trainer.generators(*key)]
+
+    keys = [(0, 0, [0, 1]), (0, 1, [0, 1]), (1, 0, [0, 1])]
+    values = [value for key in keys for value in first(*key)]
+    assert values == [value for key in keys for value in first(*key)]
+    trainer.args.seed += 1
+    values += [value for key in keys for value in first(*key)]
+    assert len(set(values)) == 12
+
+
 class TestRun:
     @pytest.mark.parametrize("family", ["flux", "sd3", "qwen-image"])
     def test_trains_logs_and_saves(self, make_trainer, family, tmp_path):
